@@ -1,0 +1,146 @@
+"""The rooms of the package know each other in one direction only, and the lower ones keep quiet.
+
+formats <- estimators <- weights, activations, layers <- statistics <- solvers, allocate, ... <- recipe
+<- sources, pipeline, evaluate, report <- api <- cli;  runtime knows formats only.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).resolve().parent.parent / "src" / "lowbit"
+
+# A module may import from its own room and from rooms of a smaller number.
+FLOOR = {"errors": 0, "formats": 1, "estimators": 2, "weights": 3, "activations": 3, "layers": 3, "statistics": 4}
+FLOOR |= dict.fromkeys(("solvers", "allocate", "prune", "factorize", "distill", "search", "integer"), 5)
+FLOOR |= {"recipe": 6, "sources": 7, "pipeline": 7, "evaluate": 7, "report": 7, "export": 7, "api": 8, "cli": 9}
+RUNTIME_MAY = {"errors", "formats", "runtime", "_kernels"}
+# rooms that may use the runtime, which stands beside the ladder
+MAY_USE_RUNTIME = {"sources", "pipeline", "evaluate", "report", "export", "api", "cli"}
+# same floor, and allowed to look sideways: the pipeline reads sources, the report shows evaluations
+SIDEWAYS = {"pipeline": {"sources"}, "evaluate": {"sources"}, "export": {"sources"}, "report": set(), "sources": set()}
+
+
+def room_of(path: Path) -> str:
+    """`formats` for formats/levels.py, `api` for api.py, `` for the package's own __init__.py."""
+    first = path.relative_to(SRC).parts[0]
+    return "" if first == "__init__.py" else first.removesuffix(".py")
+
+
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def each(*, floor_below: int = 99, front_door: bool = False) -> pytest.MarkDecorator:
+    """Run a test once per file of the rooms that lie below a floor."""
+    chosen = [f for f in FILES if front_door or room_of(f) in {"runtime", *FLOOR}]
+    chosen = [f for f in chosen if FLOOR.get(room_of(f), 0) < floor_below]
+    return pytest.mark.parametrize("path", chosen, ids=[str(f.relative_to(SRC)) for f in chosen])
+
+
+def imported(tree: ast.AST, path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted module) of every import, wherever it stands; relative ones are made absolute."""
+    package = ("lowbit", *path.relative_to(SRC).with_suffix("").parts[:-1])
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            yield node.lineno, module
+            if module == "lowbit":  # `from lowbit import formats`
+                yield from ((node.lineno, f"lowbit.{alias.name}") for alias in node.names)
+
+
+def allowed(room: str, target: str) -> bool:
+    if room in ("", target) or target == "errors":
+        return True
+    if room == "runtime":
+        return target in RUNTIME_MAY
+    if target in ("runtime", "_kernels"):
+        return room in MAY_USE_RUNTIME
+    if target in SIDEWAYS.get(room, set()):
+        return True
+    return target in FLOOR and FLOOR[target] < FLOOR[room]
+
+
+@each(front_door=True)
+def test_every_file_lies_in_a_known_room(path: Path) -> None:
+    assert room_of(path) in {"", "runtime", "__main__", *FLOOR} or path.name.startswith("_"), (
+        f"{path.relative_to(SRC)}: a new room; give it a floor in {Path(__file__).name}"
+    )
+
+
+@each()
+def test_imports_go_down_only(path: Path) -> None:
+    room = room_of(path)
+    for line, module in imported(ast.parse(path.read_text("utf-8")), path):
+        top, _, rest = module.partition(".")
+        if top == "lowbit" and rest:
+            target = rest.split(".")[0]
+            if target.startswith("__"):
+                continue  # lowbit.__version__
+            assert allowed(room, target), f"{path.relative_to(SRC)}:{line}: {room} may not import {module}"
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every call whose callee is a plain name or attribute chain."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield node.lineno, ast.unparse(node.func)
+
+
+@each(front_door=True)
+def test_no_unpickling(path: Path) -> None:
+    tree = ast.parse(path.read_text("utf-8"))
+    pickles = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve"}
+    for line, module in imported(tree, path):
+        assert module.split(".")[0] not in pickles, f"{path.relative_to(SRC)}:{line}: imports {module}"
+    for line, name in calls(tree):
+        bad = name in {"torch.load", "torch.jit.load", "np.load", "numpy.load", "eval", "exec", "yaml.load"}
+        assert not bad, f"{path.relative_to(SRC)}:{line}: calls {name}"
+
+
+@each(floor_below=FLOOR["recipe"])
+def test_lower_rooms_do_not_print_or_read_files(path: Path) -> None:
+    tree = ast.parse(path.read_text("utf-8"))
+    loud = {
+        "print",
+        "input",
+        "open",
+        "logging.getLogger",
+        "logging.info",
+        "Path.open",
+        "torch.save",
+        "torch.set_num_threads",
+    }
+    for line, name in calls(tree):
+        ends = name.rsplit(".", 1)[-1]
+        bad = name in loud or ends in {"read_text", "write_text", "read_bytes", "write_bytes"}
+        assert not bad, f"{path.relative_to(SRC)}:{line}: calls {name}"
+    for line, module in imported(tree, path):
+        assert module.split(".")[0] not in {"rich", "tqdm", "typer", "logging"}, (
+            f"{path.relative_to(SRC)}:{line}: imports {module}; take a progress callback instead"
+        )
+
+
+@each(front_door=True)
+def test_heavy_packages_are_imported_where_they_are_used(path: Path) -> None:
+    """`import lowbit` and `lowbit --help` stay quick."""
+    heavy = {"transformers", "sklearn", "jinja2", "pyarrow", "datasets", "gguf", "sentencepiece", "scipy"}
+    if room_of(path) not in {"cli", ""}:
+        heavy |= {"typer", "rich"}
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in tree.body:  # the module's own level only
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for line, module in imported(ast.Module([node], []), path):
+                assert module.split(".")[0] not in heavy, f"{path.relative_to(SRC)}:{line}: imports {module} at the top"
+
+
+def test_import_lowbit_does_not_import_torch() -> None:
+    code = "import sys, lowbit; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]", f"import lowbit also imports {done.stdout.strip()}"
