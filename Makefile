@@ -1,0 +1,74 @@
+# One word per intention, the same for a person and for CI. `make` alone lists them.
+#
+#   PYTHON   any Python 3.10 to 3.13          make test PYTHON=python3.12 VENV=.venv312
+#   TORCH    what pip is asked for as torch   make test TORCH="torch==2.7.1"
+#   VENV     where everything is installed    (demo, test and the rest share it)
+#
+# Needed beforehand: Python, a C++17 compiler, make. CMake and Ninja come from pip.
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3,$(shell command -v $(p))))
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+
+BIN    := $(VENV)/bin
+PY     := $(BIN)/python
+STAMP  := $(VENV)/.installed
+NATIVE := $(wildcard CMakeLists.txt csrc/*) $(wildcard csrc/*/*)
+PYTEST := $(PY) -m pytest -q
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all build lint fix wheel sanitize clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: $(STAMP)  ## train, compress, pack, run and report a small network: about a minute, no download of models or data
+	$(BIN)/lowbit demo
+
+test: $(STAMP)  ## the fast tests, about a minute
+	$(PYTEST)
+
+test-all: $(STAMP)  ## every test, slow ones included, and the kernel tests once more on the scalar rows
+	LOWBIT_ISA=scalar $(PYTEST) tests/runtime
+	$(PYTEST) -m "slow or not slow"
+
+build: $(STAMP)  ## install, and compile the kernels again where they changed
+
+lint: $(STAMP)  ## check only: format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+fix: $(STAMP)  ## format, and repair what can be repaired
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+wheel:  ## build a wheel, install it into a bare environment of its own and run it there
+	rm -rf build/wheel-venv dist/*.whl
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip wheel -q --no-deps -w dist -C build-dir=build/wheel .
+	build/wheel-venv/bin/python -m pip install -q "numpy>=1.26" $(TORCH)
+	build/wheel-venv/bin/python -m pip install -q dist/lowbit-*.whl
+	cd build/wheel-venv && bin/lowbit doctor && bin/python ../../.ci/check_wheel.py
+	rm -rf build/wheel-venv
+
+sanitize: $(STAMP)  ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DLOWBIT_SANITIZE=ON
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+clean:  ## remove environments, builds and caches
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first: a plain requirement could otherwise bring a build with several GB of GPU libraries.
+# The build tools live in the environment, so that a change in one kernel compiles that kernel only.
+$(STAMP): pyproject.toml $(NATIVE)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 13) else "lowbit needs Python 3.10 to 3.13: say which with make PYTHON=...")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q "numpy>=1.26" $(TORCH)
+	$(PY) -m pip install -q "scikit-build-core>=0.11" "nanobind>=2.4" "cmake>=3.20" ninja
+	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	@touch $@
