@@ -1,4 +1,4 @@
-"""What every model source offers, whatever the file format: names and shapes as transformers has them, one tensor at a time.
+"""What every model source offers, whatever the file format: transformers' names and shapes, one tensor at a time.
 
 A format (gguf.py, safetensors.py) answers two questions, `_find` and `_read`; the rest is here.
 """
@@ -100,7 +100,7 @@ class ModelSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits over sizes and all bytes of the model's files: equal exactly when the files are. Names do not count."""
+        """32 hex digits over sizes and all bytes of the model's files, whatever the files are called."""
         digest = hashlib.blake2b(digest_size=16)
         for path in self._files():
             digest.update(path.stat().st_size.to_bytes(8, "little"))
@@ -117,7 +117,7 @@ class ModelSource:
         )
 
     def new_skeleton(self, auto: Any = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The architecture in eval mode without weight memory (see skeleton.py); `fill(model, source)` brings the weights."""
+        """The architecture in eval mode without weight memory (skeleton.py); `fill(model, source)` brings the weights."""
         return skeleton.new_skeleton(self.config, auto, dtype)
 
     # -- inside
@@ -172,13 +172,15 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 def read_into(path: Path, start: int, out: Tensor) -> None:
     """Fill a contiguous tensor with the file's bytes from `start`, without a copy in between."""
-    view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+    view = memoryview(out.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         done = 0
         while done < len(view):
             n = file.readinto(view[done:])
             if not n:
-                raise ModelError(f"{path}: the file ends at byte {start + done}, {len(view) - done} too early; "
-                                 "it was cut off or changed while in use. Download or copy it again.")
+                raise ModelError(
+                    f"{path}: the file ends at byte {start + done}, {len(view) - done} too early; "
+                    "it was cut off or changed while in use. Download or copy it again."
+                )
             done += n

@@ -1,8 +1,8 @@
 """Models in one GGUF file (llama.cpp), dequantised to float32 with transformers' names and layouts.
 
-Three translations are needed: metadata -> configuration and layouts (both from transformers' own GGUF support), and tensor
-names (from the gguf package's table). Layouts differ where llama.cpp reorders rows, e.g. for Llama's q and k: it interleaves
-the two halves that rotate together,
+Three translations are needed: metadata -> configuration and layouts (both from transformers' own GGUF support), and
+tensor names (from the gguf package's table). Layouts differ where llama.cpp reorders rows, e.g. for Llama's q and k: it
+interleaves the two halves that rotate together,
 
     gguf row  h*d + 2*i + j   =   transformers row  h*d + j*d/2 + i       (head h of width d, j in {0, 1})
 """
@@ -76,7 +76,9 @@ class GgufSource(ModelSource):
             weights = dequantise(self.path, info)
             with np.errstate(all="ignore"):
                 done = self._processor.process(
-                    weights=weights.numpy(), name=info.name, tensor_key_mapping=self._names,
+                    weights=weights.numpy(),
+                    name=info.name,
+                    tensor_key_mapping=self._names,
                     parsed_parameters={"tensors": merged},
                 )
             if done.name is None:
@@ -92,7 +94,7 @@ class GgufSource(ModelSource):
         return [self.path]
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer in the file, with its chat template. Raises ModelError when the file has none that transformers knows."""
+        """The tokenizer in the file, with its chat template. Raises ModelError when transformers finds none it knows."""
         from transformers import AutoTokenizer
 
         if "tokenizer.ggml.tokens" not in self.header.counts:
@@ -140,7 +142,9 @@ def _gguf_names(architecture: str, config: Any, model: nn.Module, processor: Any
 
     archs = [a for a, text in MODEL_ARCH_NAMES.items() if text == architecture]
     if not archs:
-        raise ModelError(f"GGUF architecture {architecture!r} is unknown to the gguf package; try `pip install -U gguf`.")
+        raise ModelError(
+            f"GGUF architecture {architecture!r} is unknown to the gguf package; try `pip install -U gguf`."
+        )
     table = get_tensor_name_map(archs[0], config.num_hidden_layers)
     prefix = getattr(model, "base_model_prefix", "") + "."
     found: dict[str, str] = {}

@@ -2,10 +2,11 @@
 
     "GGUF" | version u32 | tensor count u64 | metadata count u64 | metadata | tensor table | padding | tensor bytes
 
-A string is a u64 length and UTF-8 bytes; an array is an element type u32, a count u64 and the elements; a tensor entry is
-name, dims u32, dims * u64 (fastest first), type u32, offset u64 counted from the start of the tensor bytes. All little endian.
+A string is a u64 length and UTF-8 bytes; an array is an element type u32, a count u64 and the elements; a tensor entry
+is name, dims u32, dims * u64 (fastest first), type u32, offset u64 counted from the start of the tensor bytes. All of it
+little endian.
 
-Long tokenizer arrays are counted, not kept: only transformers' tokenizer loader needs them, and it reads the file itself.
+The tokenizer's arrays are counted, not kept: only transformers' tokenizer loader needs them, and reads the file itself.
 Source: the GGUF specification (ggml project, docs/gguf.md), versions 2 and 3.
 """
 
@@ -26,7 +27,7 @@ AGAIN = "download or copy it again"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One row of the tensor table. shape: slowest dimension first, as torch has it; row_bytes: bytes of one innermost row."""
+    """One row of the tensor table. shape: slowest dimension first, as torch has it; row_bytes: of one innermost row."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,7 +39,7 @@ class TensorInfo:
 
 @dataclass
 class Header:
-    """metadata: scalars, strings and short arrays; counts: length of every array; raw: the bytes each entry was stored as."""
+    """metadata: all but the tokenizer's arrays; counts: length of every array; raw: the bytes each entry was stored as."""
 
     path: Path
     version: int = 0
@@ -84,7 +85,9 @@ class _Cursor:
         kind, count = self.number("<I"), self.number("<Q")
         width = struct.calcsize(SCALARS[kind]) if kind in SCALARS else 8  # a string or an array takes 8 bytes at least
         if count * width > self.size:
-            raise ModelError(f"{self.path}: the header declares an array of {count} values, more than the file holds; {AGAIN}.")
+            raise ModelError(
+                f"{self.path}: the header declares an array of {count} values, more than the file holds; {AGAIN}."
+            )
         if kind in SCALARS:
             data = self.take(count * width)
             return (list(struct.unpack(f"<{count}{SCALARS[kind][1]}", data)) if keep else None), count
@@ -116,11 +119,15 @@ def read_header(path: Path) -> Header:
 
 def _preamble(cursor: _Cursor) -> tuple[int, int, int]:
     if cursor.size < 24 or cursor.take(4) != MAGIC:
-        raise ModelError(f"{cursor.path} is not a GGUF file (it does not begin with 'GGUF'); give a .gguf file or a model folder.")
+        raise ModelError(
+            f"{cursor.path} is not a GGUF file (it does not begin with 'GGUF'); give a .gguf file or a model folder."
+        )
     version = cursor.number("<I")
     if version not in (2, 3):
         odd = "big-endian" if version & 0xFFFF == 0 else f"version {version}"
-        raise ModelError(f"{cursor.path}: {odd} GGUF cannot be read, versions 2 and 3 (little-endian) can; convert it again.")
+        raise ModelError(
+            f"{cursor.path}: {odd} GGUF cannot be read, versions 2 and 3 (little-endian) can; convert it again."
+        )
     n_tensors, n_entries = cursor.number("<Q"), cursor.number("<Q")
     if n_tensors * 24 > cursor.size or n_entries * 13 > cursor.size:
         raise ModelError(f"{cursor.path}: the header declares more entries than the file has room for; {AGAIN}.")
@@ -144,7 +151,9 @@ def _read_entry(cursor: _Cursor, header: Header) -> None:
 def _read_tensor_row(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name, n_dims = cursor.string(), cursor.number("<I")
     if not 1 <= n_dims <= MAX_DIMS:
-        raise ModelError(f"{cursor.path}: tensor {name!r} declares {n_dims} dimensions, 1 to {MAX_DIMS} are possible; {AGAIN}.")
+        raise ModelError(
+            f"{cursor.path}: tensor {name!r} declares {n_dims} dimensions, 1 to {MAX_DIMS} are possible; {AGAIN}."
+        )
     dims = tuple(cursor.number("<Q") for _ in range(n_dims))
     return name, dims[::-1], cursor.number("<I"), cursor.number("<Q")
 
@@ -166,7 +175,9 @@ def _checked(path: Path, size: int, name: str, shape: tuple[int, ...], ggml_type
     try:
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(ggml_type)]
     except (ValueError, KeyError):
-        raise ModelError(f"{path}: tensor {name!r} has the unknown type {ggml_type}; try `pip install -U gguf`.") from None
+        raise ModelError(
+            f"{path}: tensor {name!r} has the unknown type {ggml_type}; try `pip install -U gguf`."
+        ) from None
     if min(shape) < 1 or shape[-1] % block:
         raise ModelError(f"{path}: tensor {name!r} of shape {shape} does not divide into blocks of {block}; {AGAIN}.")
     row_bytes = shape[-1] // block * block_bytes
@@ -183,8 +194,8 @@ def _checked(path: Path, size: int, name: str, shape: tuple[int, ...], ggml_type
 def config_stub(header: Header) -> bytes:
     """A GGUF of a few kilobytes with this file's metadata and tensor names, but no vocabulary and one-element tensors.
 
-    transformers derives a model's configuration from metadata and tensor names only, but its reader first walks all of the
-    hundred thousand vocabulary entries; handing it this instead saves seconds and a hundred megabytes.
+    transformers derives a model's configuration from metadata and tensor names only, but its reader first walks all of
+    the hundred thousand vocabulary entries; handing it this instead saves seconds and a hundred megabytes.
     """
     entries = list(header.raw.values())
     if "tokenizer.ggml.tokens" in header.counts:
@@ -192,9 +203,7 @@ def config_stub(header: Header) -> bytes:
         entries.append(_packed_string("tokenizer.ggml.tokens") + one_token)
     align = _alignment(header)
     step = _aligned(4, align)
-    rows = [
-        _packed_string(name) + struct.pack("<IQIQ", 1, 1, F32, i * step) for i, name in enumerate(header.tensors)
-    ]
+    rows = [_packed_string(name) + struct.pack("<IQIQ", 1, 1, F32, i * step) for i, name in enumerate(header.tensors)]
     head = MAGIC + struct.pack("<IQQ", header.version, len(rows), len(entries)) + b"".join(entries) + b"".join(rows)
     return head.ljust(_aligned(len(head), align), b"\0") + bytes(step * len(rows))
 

@@ -20,7 +20,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".th")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "vocab.txt", "merges.txt"]
 CONVERT = (
-    "convert it where you trust it: `python -c \"from transformers import AutoModel as M; "
+    'convert it where you trust it: `python -c "from transformers import AutoModel as M; '
     "M.from_pretrained('FOLDER').save_pretrained('NEW')\"`, then give NEW"
 )
 
@@ -34,7 +34,10 @@ def open_model(name_or_path: str | os.PathLike[str]) -> ModelSource:
     if path.is_dir():
         return _open_folder(path)
     if path.suffix.lower() in (".gguf", ".safetensors", *PICKLES) or not HUB_NAME.fullmatch(text):
-        raise ModelError(f"{text}: no such file or folder; check the path, or give a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct.")
+        raise ModelError(
+            f"{text}: no such file or folder; check the path, or give a hub name such as "
+            "HuggingFaceTB/SmolLM2-135M-Instruct."
+        )
     return SafetensorsSource(_download(text), name=text, kind="hub")
 
 
@@ -43,7 +46,10 @@ def _open_file(path: Path) -> ModelSource:
         begin = file.read(512)
     if begin[:4] == b"GGUF" or path.suffix.lower() == ".gguf":
         if begin[:4] != b"GGUF" and begin and _is_text(begin):
-            raise ModelError(f"{path} is a text, not a GGUF file (often a download page or a Git LFS pointer); download the file itself again.")
+            raise ModelError(
+                f"{path} is a text, not a GGUF file (often a download page or a Git LFS pointer); "
+                "download the file itself again."
+            )
         return GgufSource(path)
     if path.suffix.lower() in PICKLES:
         raise ModelError(f"{path} is a pickle, which lowbit never opens; {CONVERT}.")
@@ -66,7 +72,10 @@ def _is_text(begin: bytes) -> bool:
 
 def _open_folder(path: Path) -> ModelSource:
     if (path / "lowbit.json").is_file():
-        raise ModelError(f"{path} is compressed already; give the float model it came from, or run it: `lowbit eval {path} --text FILE`.")
+        raise ModelError(
+            f"{path} is compressed already; give the float model it came from, "
+            f"or run it: `lowbit eval {path} --text FILE`."
+        )
     ggufs = sorted(path.glob("*.gguf"))
     if not (path / "config.json").is_file() and ggufs:
         if len(ggufs) > 1:
@@ -79,9 +88,13 @@ def _open_folder(path: Path) -> ModelSource:
 def _check_folder(path: Path) -> None:
     pickles = sorted(p for p in path.iterdir() if p.suffix.lower() in PICKLES and p.name != "training_args.bin")
     if pickles and not list(path.glob("*.safetensors")):
-        raise ModelError(f"{path} holds its weights as a pickle ({pickles[0].name}), which lowbit never opens; {CONVERT}.")
+        raise ModelError(
+            f"{path} holds its weights as a pickle ({pickles[0].name}), which lowbit never opens; {CONVERT}."
+        )
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json and no .gguf file; give a model folder, a .gguf file or a hub name.")
+        raise ModelError(
+            f"{path} has no config.json and no .gguf file; give a model folder, a .gguf file or a hub name."
+        )
 
 
 def _download(name: str) -> Path:
@@ -92,8 +105,8 @@ def _download(name: str) -> Path:
     except Exception as e:  # the hub client raises its own, requests' and httpx' errors: all mean "not fetched"
         first = (str(e).strip().splitlines() or [""])[0]
         raise ModelError(
-            f"{name!r} is no file or folder here, and could not be fetched from the hub ({type(e).__name__}: {first}); check the "
-            f"name, or on a machine with network type `hf download {name} --local-dir DIR` and give DIR."
+            f"{name!r} is no file or folder here, and could not be fetched from the hub ({type(e).__name__}: {first}); "
+            f"check the name, or on a machine with network type `hf download {name} --local-dir DIR` and give DIR."
         ) from e
     _check_folder(folder)
     return folder

@@ -51,9 +51,14 @@ class SafetensorsSource(ModelSource):
             config = AutoConfig.from_pretrained(str(self.path))
         except (OSError, ValueError, KeyError, TypeError) as e:
             first = str(e).strip().splitlines()[0]
-            raise ModelError(f"{self.path / 'config.json'} cannot be used: {first}; {AGAIN}, or `pip install -U transformers`.") from e
+            raise ModelError(
+                f"{self.path / 'config.json'} cannot be used: {first}; {AGAIN}, or `pip install -U transformers`."
+            ) from e
         if getattr(config, "quantization_config", None):
-            raise ModelError(f"{self.path} is quantized already (config.json has quantization_config); give the float model it came from.")
+            raise ModelError(
+                f"{self.path} is quantized already (config.json has quantization_config); "
+                "give the float model it came from."
+            )
         return config
 
     def _find(self, model: nn.Module, names: list[str]) -> dict[str, Entry]:
@@ -93,7 +98,9 @@ class SafetensorsSource(ModelSource):
             return AutoTokenizer.from_pretrained(str(self.path))
         except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as e:
             first = str(e).strip().splitlines()[0]
-            raise ModelError(f"{self.path} has no tokenizer that loads ({first}); copy the model's tokenizer files into it.") from e
+            raise ModelError(
+                f"{self.path} has no tokenizer that loads ({first}); copy the model's tokenizer files into it."
+            ) from e
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -106,7 +113,9 @@ def weight_files(folder: Path) -> list[Path]:
     if absent:
         raise ModelError(f"{folder}: {absent[0].name} is listed in {INDEX} but not there; download the folder again.")
     if not shards:
-        raise ModelError(f"{folder} has no .safetensors and no .gguf file; give a folder with config.json and model.safetensors.")
+        raise ModelError(
+            f"{folder} has no .safetensors and no .gguf file; give a folder with config.json and model.safetensors."
+        )
     return shards
 
 
@@ -126,7 +135,9 @@ def read_header(path: Path) -> dict[str, Entry]:
     with open(path, "rb") as file:
         n = int.from_bytes(file.read(8), "little")
         if size < 8 or n > min(MAX_HEADER, size - 8):
-            raise ModelError(f"{path} is not a whole safetensors file (its header does not fit its {size} bytes); {AGAIN}.")
+            raise ModelError(
+                f"{path} is not a whole safetensors file (its header does not fit its {size} bytes); {AGAIN}."
+            )
         text = file.read(n)
     try:
         table = json.loads(text)
@@ -139,10 +150,14 @@ def read_header(path: Path) -> dict[str, Entry]:
 def _entry(path: Path, size: int, data_start: int, name: str, row: dict[str, Any]) -> Entry:
     begin, end = (int(v) for v in row["data_offsets"])
     if row["dtype"] not in DTYPES:
-        raise ModelError(f"{path}: {name} is stored as {row['dtype']}, which lowbit does not read; save it as F16, BF16 or F32.")
+        raise ModelError(
+            f"{path}: {name} is stored as {row['dtype']}, which lowbit does not read; save it as F16, BF16 or F32."
+        )
     dtype, shape = DTYPES[row["dtype"]], tuple(int(v) for v in row["shape"])
     if min(shape, default=1) < 0 or not 0 <= begin <= end or end - begin != torch.Size(shape).numel() * dtype.itemsize:
         raise ModelError(f"{path}: {name} declares shape {list(shape)} but {end - begin} bytes; {AGAIN}.")
     if data_start + end > size:
-        raise ModelError(f"{path}: {name} ends at byte {data_start + end}, but the file has {size}: it is cut off; {AGAIN}.")
+        raise ModelError(
+            f"{path}: {name} ends at byte {data_start + end}, but the file has {size}: it is cut off; {AGAIN}."
+        )
     return Entry(path, data_start + begin, dtype, shape)

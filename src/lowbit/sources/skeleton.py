@@ -1,8 +1,9 @@
 """A model's architecture without its weights: parameters on the meta device, buffers real.
 
-Building under `torch.device("meta")` would leave the rotary tables and masks (buffers that no file stores) without values.
-Here only weights are kept off memory: `torch.empty` makes meta tensors, and any parameter made another way moves to meta as
-it is registered. Everything else (arange, full, ...) is computed for real, so the non-persistent buffers are right.
+Building under `torch.device("meta")` would leave the rotary tables and masks (buffers that no file stores) without
+values. Here only weights are kept off memory: `torch.empty` makes meta tensors, and any parameter made another way moves
+to meta as it is registered. Everything else (arange, full, ...) is computed for real, so the non-persistent buffers are
+right.
 
 `fill` then reads weights in, `drop` sends them back to meta: the walk over the blocks uses the two in turn.
 """
@@ -41,7 +42,7 @@ def _parameter_to_meta(module: nn.Module, name: str, param: nn.Parameter | None)
 @contextmanager
 def without_weights() -> Iterator[None]:
     """Modules built inside own parameters on meta and buffers in memory. Not for use from several threads at once."""
-    hook = nn.modules.module.register_module_parameter_registration_hook(_parameter_to_meta)
+    hook = nn.modules.module.register_module_parameter_registration_hook(_parameter_to_meta)  # type: ignore[arg-type]
     try:
         with _EmptyIsMeta():
             yield
@@ -50,8 +51,8 @@ def without_weights() -> Iterator[None]:
 
 
 def model_class(config: Any) -> type[nn.Module]:
-    """The transformers class for a configuration: the one its `architectures` names, else the causal LM, for encoders the
-    masked LM. Raises ModelError when transformers does not ship the architecture."""
+    """The transformers class for a configuration: the one its `architectures` names, else the causal LM, or the masked LM
+    for encoders. Raises ModelError when transformers does not ship the architecture."""
     import transformers
 
     for name in config.architectures or []:
@@ -66,10 +67,12 @@ def model_class(config: Any) -> type[nn.Module]:
     order = (causal, masked) if getattr(config, "is_decoder", False) or type(config) not in masked else (masked,)
     for mapping in order:
         if type(config) in mapping:
-            return mapping[type(config)]
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
     raise ModelError(
         f"model type {config.model_type!r} is neither a causal nor a masked language model in transformers "
-        f"{transformers.__version__}; try `pip install -U transformers`, or name the class in config.json's `architectures`."
+        f"{transformers.__version__}; try `pip install -U transformers`, or name the class in config.json's "
+        "`architectures`."
     )
 
 
@@ -79,15 +82,17 @@ def new_skeleton(config: Any, auto: Any = None, dtype: torch.dtype = torch.float
     auto:  a model class, or an Auto class such as `AutoModelForMaskedLM`; None picks by `model_class`
     dtype: floating type of parameters and buffers; weights assigned later bring their own
     """
-    cls = auto or model_class(config)
+    cls: Any = auto or model_class(config)
     build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
     with without_weights():
         model = build(copy.deepcopy(config), **{_dtype_word(): dtype})
     model.tie_weights()
     bare = [name for name, b in model.named_buffers() if b.is_meta]
     if bare:
-        raise ModelError(f"{type(model).__name__}: buffer {bare[0]} has no value before weights are read; "
-                         "this architecture cannot be streamed yet.")
+        raise ModelError(
+            f"{type(model).__name__}: buffer {bare[0]} has no value before weights are read; "
+            "this architecture cannot be streamed yet."
+        )
     return model.eval()
 
 
@@ -98,7 +103,7 @@ def _dtype_word() -> str:
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """alias -> the name that owns the memory (the first in state-dict order), e.g. lm_head.weight -> model.embed_tokens.weight"""
+    """alias -> the name that owns the memory (first in state-dict order): lm_head.weight -> model.embed_tokens.weight"""
     owner: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -110,9 +115,9 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def fill(model: nn.Module, source: "ModelSource", names: Iterable[str] | None = None) -> None:
-    """Read `names` (state-dict names; None: all the source has) into the model, one at a time. A tied weight stays one tensor.
+    """Read `names` (state-dict names; None: all the source has) into the model, one at a time.
 
-    Weights keep the dtype of the source. Raises ModelError for a name the source or the model lacks.
+    Weights keep the dtype of the source; a tied weight stays one tensor. Raises ModelError for a name the source or the model lacks.
     """
     aliases: dict[str, list[str]] = {}
     for alias, name in source.tied.items():
@@ -125,7 +130,7 @@ def fill(model: nn.Module, source: "ModelSource", names: Iterable[str] | None = 
 
 
 def drop(model: nn.Module, names: Iterable[str]) -> None:
-    """Send parameters back to the meta device: their memory is free again. Aliases of a tied weight must be named too."""
+    """Send parameters back to the meta device: their memory is free again. Name the aliases of a tied weight too."""
     for name in names:
         module, leaf = _owner(model, name), name.rpartition(".")[2]
         old = module._parameters.get(leaf)
@@ -134,14 +139,16 @@ def drop(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def set_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Put one tensor (parameter or buffer) under its state-dict name without a copy; returns what the model now holds."""
+    """Put a tensor (parameter or buffer) under its state-dict name without a copy; returns what the model now holds."""
     module, leaf = _owner(model, name), name.rpartition(".")[2]
     if leaf in module._buffers:
         module._buffers[leaf] = tensor
         return tensor
     old = module._parameters.get(leaf)
     if old is None:
-        raise ModelError(f"{type(model).__name__} has no parameter {name!r}; check that weights and config.json belong together.")
+        raise ModelError(
+            f"{type(model).__name__} has no parameter {name!r}; check that weights and config.json belong together."
+        )
     new = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
     module._parameters[leaf] = new
     return new

@@ -1,0 +1,88 @@
+"""Cutting a text into windows of tokens, seeded, so that a calibration can be repeated exactly.
+
+The whole text is tokenised once, without special tokens. With n tokens and `context` tokens a window there are
+n // context places that do not overlap; a random shift s in [0, n mod context] and a random choice among the places give
+the starts
+
+    start_i = s + context * place_i,     the places sampled without replacement and kept in text order
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import DataError
+
+
+@dataclass(frozen=True)
+class Windows:
+    """ids: (windows, context) int64; tokens_total: tokens in the text; note: what differs from what was asked, or ''."""
+
+    ids: Tensor
+    tokens_total: int
+    note: str = ""
+
+
+def token_windows(text: str, tokenizer: Any, windows: int, context: int, seed: int = 0) -> Windows:
+    """Random windows that never overlap.
+
+    A text with room for fewer windows than asked gives those it has room for, and `note` says so.
+    Raises DataError when not even one fits, naming the tokens there are and a --context that fits.
+    """
+    if windows < 1 or context < 1:
+        raise DataError(f"windows={windows} and context={context} must be at least 1, e.g. --windows 24 --context 512.")
+    ids = token_ids(text, tokenizer)
+    room = len(ids) // context
+    if room == 0:
+        fix = f"give more text, or --context {len(ids)} or less" if len(ids) else "give another text"
+        raise DataError(f"the text has {len(ids)} tokens, fewer than one window of {context}; {fix}.")
+    generator = torch.Generator().manual_seed(seed)
+    shift = int(torch.randint(len(ids) - room * context + 1, (1,), generator=generator))
+    places = torch.randperm(room, generator=generator)[:windows].sort().values
+    index = (shift + places * context)[:, None] + torch.arange(context)
+    note = "" if room >= windows else (
+        f"the text has {len(ids)} tokens: {room} windows of {context}, not {windows}; give more text for more"
+    )  # fmt: skip
+    return Windows(ids[index], len(ids), note)
+
+
+def token_ids(text: str, tokenizer: Any) -> Tensor:
+    """The text's tokens, (n,) int64, no special tokens added.
+
+    Tokenised in one call, as perplexities are usually counted; the tokenizer's complaint about texts longer than the
+    model's context is silenced, since no window will be.
+    """
+    with _quiet_about_length(tokenizer):
+        ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+@contextmanager
+def _quiet_about_length(tokenizer: Any) -> Iterator[None]:
+    limit = getattr(tokenizer, "model_max_length", None)
+    if limit is None:
+        yield
+        return
+    tokenizer.model_max_length = int(1e30)
+    try:
+        yield
+    finally:
+        tokenizer.model_max_length = limit
+
+
+def check_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Raise DataError when the tokenizer can produce ids the model has no embedding for: it belongs to another model.
+
+    A model may have more rows than the tokenizer has words (padding), so only the other direction is an error.
+    """
+    rows = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else config.vocab_size
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise DataError(
+            f"the tokenizer has ids up to {highest}, but the model's vocabulary ends at {rows - 1}: they do not belong "
+            "together; give the model's own with --tokenizer FOLDER."
+        )
