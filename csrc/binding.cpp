@@ -1,0 +1,188 @@
+// lowbit._kernels: checks every shape, size and index against the others, releases the GIL, calls. Nothing else.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <optional>
+#include <string>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+using nb::literals::operator""_a;
+
+namespace {
+
+template <class T, size_t Dims>
+using Array = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
+using Codes = Array<const uint8_t, 2>;
+using Floats = Array<const float, 2>;
+using Levels = Array<const int8_t, 2>;
+
+// No product of two sizes used below may overflow int64.
+constexpr int64_t kMaxDim = int64_t{1} << 31;
+
+void need(bool ok, const std::string& what) {
+  if (!ok) throw nb::value_error(what.c_str());
+}
+
+std::string str(int64_t v) { return std::to_string(v); }
+
+template <class A>
+std::string shape(const A& a) {
+  std::string s = "[";
+  for (size_t i = 0; i < a.ndim(); ++i) s += (i ? ", " : "") + std::to_string(a.shape(i));
+  return s + "]";
+}
+
+template <class A>
+int64_t dim(const A& a, size_t i) {
+  return static_cast<int64_t>(a.shape(i));
+}
+
+// All of a packed weight but its table. K comes from the caller (x's columns): the codes alone do not tell it.
+lowbit::Weights weights(const Codes& codes, const Floats& scale, const Floats& zero, int bits, int64_t k) {
+  lowbit::Weights w;
+  need(bits >= 1 && bits <= 8, "bits is " + str(bits) + "; it must be 1 to 8");
+  need(k >= 1 && k < kMaxDim, "K is " + str(k) + "; it must be 1 to 2^31-1");
+  w.bits = bits;
+  w.k = k;
+  w.n = dim(codes, 0);
+  w.row_bytes = dim(codes, 1);
+  need(w.n < kMaxDim, "too many rows: " + str(w.n));
+  const int64_t bytes = (k * bits + 7) / 8;
+  need(w.row_bytes == bytes, "codes have shape " + shape(codes) + "; " + str(k) + " codes of " + str(bits) +
+                                 " bits need [N, " + str(bytes) + "]");
+  w.groups = dim(scale, 1);
+  need(dim(scale, 0) == w.n && w.groups >= 1, "scale has shape " + shape(scale) + "; it must be [" + str(w.n) + ", G]");
+  need(k % w.groups == 0, "K = " + str(k) + " does not divide into " + str(w.groups) + " groups");
+  w.group = k / w.groups;
+  if (zero.size() != 0)
+    need(dim(zero, 0) == w.n && dim(zero, 1) == w.groups,
+         "zero has shape " + shape(zero) + "; it must be that of scale, " + shape(scale) + ", or empty");
+  w.codes = codes.data();
+  w.scale = scale.data();
+  w.zero = zero.size() == 0 ? nullptr : zero.data();
+  return w;
+}
+
+template <class A>
+int64_t table_rows(const A& table, const lowbit::Weights& w) {
+  need((dim(table, 0) == 1 || dim(table, 0) == w.n) && dim(table, 1) == int64_t{1} << w.bits,
+       "table has shape " + shape(table) + "; it must be [1 or " + str(w.n) + ", " + str(1 << w.bits) + "]");
+  return dim(table, 0);
+}
+
+int64_t tokens(const Floats& x, const Array<float, 2>& y, const lowbit::Weights& w) {
+  const int64_t m = dim(x, 0);
+  need(m < kMaxDim, "too many tokens: " + str(m));
+  need(dim(y, 0) == m && dim(y, 1) == w.n, "y has shape " + shape(y) + "; it must be [" + str(m) + ", " + str(w.n) + "]");
+  return m;
+}
+
+void linear_float(Floats x, Codes codes, Floats table, Floats scale, Floats zero, int bits, Array<float, 2> y,
+                  int n_threads, const std::string& isa) {
+  lowbit::Weights w = weights(codes, scale, zero, bits, dim(x, 1));
+  w.table = table.data();
+  w.table_rows = table_rows(table, w);
+  const int64_t m = tokens(x, y, w);
+  const float* from = x.data();
+  float* to = y.data();
+  nb::gil_scoped_release release;
+  if (m > 0 && w.n > 0) lowbit::linear_float(w, from, m, to, n_threads, isa);
+}
+
+void linear_int8(Floats x, Codes codes, Levels levels, Floats scale, Floats zero, int bits, Array<float, 2> y,
+                 int n_threads, const std::string& isa) {
+  lowbit::Weights w = weights(codes, scale, zero, bits, dim(x, 1));
+  w.levels = levels.data();
+  w.table_rows = table_rows(levels, w);
+  const int64_t m = tokens(x, y, w);
+  const float* from = x.data();
+  float* to = y.data();
+  nb::gil_scoped_release release;
+  if (m > 0 && w.n > 0) lowbit::linear_int8(w, from, m, to, n_threads, isa);
+}
+
+void decode(Codes codes, Floats table, Floats scale, Floats zero, int bits, std::optional<Array<const int64_t, 1>> rows,
+            Array<float, 2> out, int n_threads, const std::string& isa) {
+  lowbit::Weights w = weights(codes, scale, zero, bits, dim(out, 1));
+  w.table = table.data();
+  w.table_rows = table_rows(table, w);
+  const int64_t count = dim(out, 0);
+  const int64_t* index = nullptr;
+  if (rows) {
+    need(dim(*rows, 0) == count, "out has shape " + shape(out) + " for " + str(dim(*rows, 0)) + " rows");
+    index = rows->data();
+    for (int64_t i = 0; i < count; ++i)
+      if (index[i] < 0 || index[i] >= w.n)
+        throw nb::index_error(("row " + str(index[i]) + " is outside 0.." + str(w.n - 1)).c_str());
+  } else {
+    need(count == w.n, "out has shape " + shape(out) + "; it must be [" + str(w.n) + ", K]");
+  }
+  float* to = out.data();
+  nb::gil_scoped_release release;
+  if (count > 0) lowbit::decode_rows(w, index, count, to, n_threads, isa);
+}
+
+void quantize(Floats x, int64_t groups, Array<int8_t, 2> q, Array<float, 2> scale, Array<int32_t, 2> sum,
+              const std::string& isa) {
+  const int64_t m = dim(x, 0), k = dim(x, 1);
+  need(groups >= 1 && k >= 1 && k < kMaxDim && k % groups == 0,
+       "K = " + str(k) + " does not divide into " + str(groups) + " groups");
+  const lowbit::Segments seg(groups, k / groups);
+  need(dim(q, 0) == m && dim(q, 1) == seg.row_size(), "q must be [" + str(m) + ", " + str(seg.row_size()) + "]");
+  need(dim(scale, 0) == m && dim(scale, 1) == seg.count && dim(sum, 0) == m && dim(sum, 1) == seg.count,
+       "scale and sum must be [" + str(m) + ", " + str(seg.count) + "]");
+  const lowbit::QuantizeFn fn = lowbit::pick(lowbit::kQuantize, isa).fn;
+  for (int64_t i = 0; i < m; ++i)
+    fn(x.data() + i * k, seg, q.data() + i * seg.row_size(), scale.data() + i * seg.count, sum.data() + i * seg.count);
+}
+
+nb::tuple segments(int64_t groups, int64_t group) {
+  need(groups >= 1 && group >= 1 && groups < kMaxDim && group < kMaxDim, "groups and group must be 1 to 2^31-1");
+  const lowbit::Segments seg(groups, group);
+  return nb::make_tuple(seg.count, seg.length, seg.padded, seg.per_group);
+}
+
+template <class Fn>
+void list_rows(const lowbit::Table<Fn>& table, nb::list& out) {
+  for (size_t i = 0; i < table.count; ++i)
+    out.append(nb::make_tuple(table.op, table.rows[i].isa,
+                              (table.rows[i].needs & lowbit::cpu_features()) == table.rows[i].needs));
+}
+
+nb::list table() {
+  nb::list out;
+  list_rows(lowbit::kDecode, out);
+  list_rows(lowbit::kLinearFloat, out);
+  list_rows(lowbit::kQuantize, out);
+  list_rows(lowbit::kLinearInt8, out);
+  return out;
+}
+
+std::string picked(const std::string& op, const std::string& isa) {
+  if (op == lowbit::kDecode.op) return lowbit::pick(lowbit::kDecode, isa).isa;
+  if (op == lowbit::kLinearFloat.op) return lowbit::pick(lowbit::kLinearFloat, isa).isa;
+  if (op == lowbit::kQuantize.op) return lowbit::pick(lowbit::kQuantize, isa).isa;
+  need(op == lowbit::kLinearInt8.op, "unknown operation '" + op + "'");
+  return lowbit::pick(lowbit::kLinearInt8, isa).isa;
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+  m.doc() = "Kernels of lowbit. Internal: arguments are checked, nothing is converted. Use lowbit.runtime.";
+  m.def("table", &table, "[(op, isa, supported by this CPU)], best row of each operation first");
+  m.def("pick", &picked, "op"_a, "isa"_a, "Name of the row that runs `op` when LOWBIT_ISA is `isa` ('' for the best)");
+  m.def("segments", &segments, "groups"_a, "group"_a, "(count, length, padded, per_group) of the int8 layout");
+  m.def("linear_float", &linear_float, "x"_a.noconvert(), "codes"_a.noconvert(), "table"_a.noconvert(),
+        "scale"_a.noconvert(), "zero"_a.noconvert(), "bits"_a, "y"_a.noconvert(), "n_threads"_a, "isa"_a);
+  m.def("linear_int8", &linear_int8, "x"_a.noconvert(), "codes"_a.noconvert(), "levels"_a.noconvert(),
+        "scale"_a.noconvert(), "zero"_a.noconvert(), "bits"_a, "y"_a.noconvert(), "n_threads"_a, "isa"_a);
+  m.def("decode", &decode, "codes"_a.noconvert(), "table"_a.noconvert(), "scale"_a.noconvert(), "zero"_a.noconvert(),
+        "bits"_a, "rows"_a.noconvert().none(), "out"_a.noconvert(), "n_threads"_a, "isa"_a);
+  m.def("quantize", &quantize, "x"_a.noconvert(), "groups"_a, "q"_a.noconvert(), "scale"_a.noconvert(),
+        "sum"_a.noconvert(), "isa"_a);
+}

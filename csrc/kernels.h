@@ -1,0 +1,117 @@
+// What every kernel file shares: the packed weight, the table rows, and how one row is picked.
+//
+//   w_hat[n,k] = (table[code[n,k]] - zero[n,g]) * scale[n,g],  g = k / (K/G)
+//
+// Codes are a little-endian bit stream per row: code k occupies bits [k*bits, (k+1)*bits), and each row starts on
+// a byte. No Python and no torch in here; binding.cpp checks every number before a kernel sees it.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define LOWBIT_X86 1
+#else
+#define LOWBIT_X86 0
+#endif
+
+namespace lowbit {
+
+// A packed matrix [N,K]; all pointers are borrowed. `table` serves the float ops, `levels` the integer op.
+struct Weights {
+  const uint8_t* codes = nullptr;  // [N, row_bytes], row_bytes = ceil(K*bits/8)
+  const float* table = nullptr;    // [table_rows, 2^bits]
+  const int8_t* levels = nullptr;  // [table_rows, 2^bits]
+  const float* scale = nullptr;    // [N, groups]
+  const float* zero = nullptr;     // [N, groups], or null for none
+  int64_t n = 0, k = 0, row_bytes = 0, groups = 1, group = 0, table_rows = 1;
+  int bits = 8;
+
+  const uint8_t* row(int64_t i) const { return codes + i * row_bytes; }
+  const float* table_row(int64_t i) const { return table + (table_rows == 1 ? 0 : i << bits); }
+  const int8_t* levels_row(int64_t i) const { return levels + (table_rows == 1 ? 0 : i << bits); }
+};
+
+// How the integer op cuts K: each weight group into segments that share one activation scale, each segment padded
+// with zeros to whole vectors. A group of at most kMaxSegment is one segment; a larger one is cut in blocks of
+// kBlock with a ragged tail. Every row uses this layout, so a row's vector loads never meet another segment.
+struct Segments {
+  static constexpr int64_t kMaxSegment = 256, kBlock = 128, kPad = 32;
+  int64_t group, per_group, count, length, padded;  // length: of all but a ragged tail
+
+  Segments(int64_t groups, int64_t group_)
+      : group(group_),
+        per_group(group_ <= kMaxSegment ? 1 : (group_ + kBlock - 1) / kBlock),
+        count(groups * per_group),
+        length(group_ <= kMaxSegment ? group_ : kBlock),
+        padded((length + kPad - 1) / kPad * kPad) {}
+
+  int64_t begin(int64_t s) const { return s / per_group * group + s % per_group * length; }
+  int64_t size(int64_t s) const {
+    const int64_t left = group - s % per_group * length;
+    return left < length ? left : length;
+  }
+  int64_t row_size() const { return count * padded; }
+};
+
+// Activations quantized per token and segment: x ~ q * scale, |q| <= 127 (never -128: see the int8 kernels).
+struct Activations {
+  int8_t* q;       // [m, segments.count, segments.padded], zeros in the padding
+  float* scale;    // [m, segments.count]
+  int32_t* sum;    // [m, segments.count], sum of q
+  int64_t m;
+};
+
+// One table per operation; a row is one instruction set. Every fn works on a tile, so that threads (linear.cpp)
+// only decide who computes which tile, never how: results do not depend on the number of threads.
+using DecodeFn = void (*)(const Weights&, int64_t n, int64_t k0, int64_t k1, float* out);  // k0 a multiple of 8
+using LinearFloatFn = void (*)(const Weights&, const float* x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                               float* y);  // x [M,K], y [M,N]; writes the tile [m0,m1) x [n0,n1)
+using QuantizeFn = void (*)(const float* x, const Segments&, int8_t* q, float* scale, int32_t* sum);  // one token
+using LinearInt8Fn = void (*)(const Weights&, const Segments&, const Activations&, int64_t m0, int64_t m1, int64_t n0,
+                              int64_t n1, float* y);
+
+template <class Fn>
+struct Row {
+  const char* isa;
+  uint32_t needs;  // cpu_features() bits
+  Fn fn;
+};
+
+enum : uint32_t { kAvx2 = 1 };  // AVX2 + FMA, and an OS that saves the wide registers
+uint32_t cpu_features();
+
+template <class Fn>
+struct Table {
+  const char* op;
+  const Row<Fn>* rows;  // best first, "scalar" last
+  size_t count;
+};
+extern const Table<DecodeFn> kDecode;
+extern const Table<LinearFloatFn> kLinearFloat;
+extern const Table<QuantizeFn> kQuantize;
+extern const Table<LinearInt8Fn> kLinearInt8;
+
+// The first row this CPU can run, or the row named by `force` (LOWBIT_ISA).
+template <class Fn>
+const Row<Fn>& pick(const Table<Fn>& table, const std::string& force) {
+  std::string can;
+  const uint32_t cpu = cpu_features();
+  for (size_t i = 0; i < table.count; ++i) {
+    const Row<Fn>& row = table.rows[i];
+    if ((row.needs & cpu) != row.needs) continue;
+    if (force.empty() || force == row.isa) return row;
+    can += (can.empty() ? "" : " or ") + std::string("LOWBIT_ISA=") + row.isa;
+  }
+  throw std::invalid_argument("LOWBIT_ISA=" + force + " is unknown or not supported by this CPU for " + table.op +
+                              "; unset it, or type " + can);
+}
+
+// The operations, threaded. `force` as in pick(); n_threads <= 1 runs on the caller.
+void decode_rows(const Weights&, const int64_t* rows, int64_t count, float* out, int n_threads,
+                 const std::string& force);  // rows may be null: 0..count-1
+void linear_float(const Weights&, const float* x, int64_t m, float* y, int n_threads, const std::string& force);
+void linear_int8(const Weights&, const float* x, int64_t m, float* y, int n_threads, const std::string& force);
+
+}  // namespace lowbit

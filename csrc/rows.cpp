@@ -1,0 +1,79 @@
+// The tables: best row first, "scalar" last and always there. And what this CPU can run.
+#include "rows.h"
+
+#if LOWBIT_X86
+#if defined(_MSC_VER)
+#include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
+#endif
+
+namespace lowbit {
+namespace {
+
+#if LOWBIT_X86
+void cpuid(uint32_t leaf, uint32_t sub, uint32_t out[4]) {
+#if defined(_MSC_VER)
+  int r[4];
+  __cpuidex(r, static_cast<int>(leaf), static_cast<int>(sub));
+  for (int i = 0; i < 4; ++i) out[i] = static_cast<uint32_t>(r[i]);
+#else
+  __cpuid_count(leaf, sub, out[0], out[1], out[2], out[3]);
+#endif
+}
+
+uint64_t xcr0() {
+#if defined(_MSC_VER)
+  return _xgetbv(0);
+#else
+  uint32_t lo, hi;
+  __asm__ volatile("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+  return (static_cast<uint64_t>(hi) << 32) | lo;
+#endif
+}
+
+uint32_t detect() {
+  uint32_t r[4];
+  cpuid(0, 0, r);
+  if (r[0] < 7) return 0;
+  cpuid(1, 0, r);
+  const bool fma = r[2] >> 12 & 1, osxsave = r[2] >> 27 & 1, avx = r[2] >> 28 & 1;
+  if (!fma || !osxsave || !avx) return 0;
+  if ((xcr0() & 6) != 6) return 0;  // the OS must save XMM and YMM state
+  cpuid(7, 0, r);
+  return (r[1] >> 5 & 1) ? static_cast<uint32_t>(kAvx2) : 0;
+}
+#else
+uint32_t detect() { return 0; }
+#endif
+
+#if LOWBIT_X86
+#define LOWBIT_ROWS(name) {"avx2", kAvx2, name##_avx2}, {"scalar", 0, name##_scalar}
+#else
+#define LOWBIT_ROWS(name) {"scalar", 0, name##_scalar}
+#endif
+
+const Row<DecodeFn> kDecodeRows[] = {LOWBIT_ROWS(decode)};
+const Row<LinearFloatFn> kLinearFloatRows[] = {LOWBIT_ROWS(linear_float)};
+const Row<QuantizeFn> kQuantizeRows[] = {LOWBIT_ROWS(quantize)};
+const Row<LinearInt8Fn> kLinearInt8Rows[] = {LOWBIT_ROWS(linear_int8)};
+
+template <class Fn, size_t N>
+constexpr Table<Fn> make(const char* op, const Row<Fn> (&rows)[N]) {
+  return {op, rows, N};
+}
+
+}  // namespace
+
+uint32_t cpu_features() {
+  static const uint32_t features = detect();
+  return features;
+}
+
+const Table<DecodeFn> kDecode = make("decode", kDecodeRows);
+const Table<LinearFloatFn> kLinearFloat = make("linear_float", kLinearFloatRows);
+const Table<QuantizeFn> kQuantize = make("quantize", kQuantizeRows);
+const Table<LinearInt8Fn> kLinearInt8 = make("linear_int8", kLinearInt8Rows);
+
+}  // namespace lowbit

@@ -1,0 +1,97 @@
+// The scalar rows: readable, always built, and the definition of every answer.
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "rows.h"
+
+namespace lowbit {
+namespace {
+
+// Code k of a row. A code spans at most two bytes, and the second is read only if the code reaches into it.
+inline int code_at(const uint8_t* row, int64_t k, int bits) {
+  const int64_t bit = k * bits;
+  const int shift = static_cast<int>(bit & 7);
+  int v = row[bit >> 3] >> shift;
+  if (shift + bits > 8) v |= row[(bit >> 3) + 1] << (8 - shift);
+  return v & ((1 << bits) - 1);
+}
+
+constexpr float kTiny = 1e-30f;  // below it 127/absmax could overflow: the segment counts as zeros
+
+}  // namespace
+
+void decode_scalar(const Weights& w, int64_t n, int64_t k0, int64_t k1, float* out) {
+  const uint8_t* row = w.row(n);
+  const float* table = w.table_row(n);
+  for (int64_t k = k0; k < k1; ++k) {
+    const int64_t g = n * w.groups + k / w.group;
+    const float level = table[code_at(row, k, w.bits)];
+    out[k - k0] = (w.zero ? level - w.zero[g] : level) * w.scale[g];
+  }
+}
+
+// y = sum_k x*w_hat, w_hat as float32, products and sum in double, one rounding at the end.
+void linear_float_scalar(const Weights& w, const float* x, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* y) {
+  std::vector<float> wn(static_cast<size_t>(w.k));
+  for (int64_t n = n0; n < n1; ++n) {
+    decode_scalar(w, n, 0, w.k, wn.data());
+    for (int64_t m = m0; m < m1; ++m) {
+      double acc = 0;
+      for (int64_t k = 0; k < w.k; ++k) acc += static_cast<double>(x[m * w.k + k]) * wn[k];
+      y[m * w.n + n] = static_cast<float>(acc);
+    }
+  }
+}
+
+// Per segment: a = max|x|, q = round_to_even(x * (127/a)), scale = a/127. |q| <= 127, since x*(127/a) is at most
+// 127 plus a rounding error far below 0.5. A segment with Inf or NaN gets scale NaN, so that y shows it.
+void quantize_scalar(const float* x, const Segments& seg, int8_t* q, float* scale, int32_t* sum) {
+  std::memset(q, 0, static_cast<size_t>(seg.row_size()));
+  for (int64_t s = 0; s < seg.count; ++s, q += seg.padded) {
+    const float* xs = x + seg.begin(s);
+    const int64_t len = seg.size(s);
+    float a = 0;
+    bool finite = true;
+    for (int64_t i = 0; i < len; ++i) {
+      finite = finite && std::isfinite(xs[i]);
+      a = std::fabs(xs[i]) > a ? std::fabs(xs[i]) : a;
+    }
+    sum[s] = 0;
+    scale[s] = finite ? 0.0f : std::nanf("");
+    if (!finite || a < kTiny) continue;
+    scale[s] = a / 127.0f;
+    const float inverse = 127.0f / a;
+    for (int64_t i = 0; i < len; ++i) {
+      q[i] = static_cast<int8_t>(std::nearbyintf(xs[i] * inverse));
+      sum[s] += q[i];
+    }
+  }
+}
+
+// y = sum_s ((float(dot_s) - zero*float(sum_s)) * scale) * act_scale_s, left to right in float32, dot_s an exact
+// integer: |dot_s| <= 256*128*127 < 2^24, so float(dot_s) is exact too.
+void linear_int8_scalar(const Weights& w, const Segments& seg, const Activations& a, int64_t m0, int64_t m1, int64_t n0,
+                        int64_t n1, float* y) {
+  std::vector<int8_t> wn(static_cast<size_t>(w.k));
+  for (int64_t n = n0; n < n1; ++n) {
+    const int8_t* levels = w.levels_row(n);
+    for (int64_t k = 0; k < w.k; ++k) wn[k] = levels[code_at(w.row(n), k, w.bits)];
+    for (int64_t m = m0; m < m1; ++m) {
+      float acc = 0;
+      for (int64_t s = 0; s < seg.count; ++s) {
+        const int8_t* q = a.q + m * seg.row_size() + s * seg.padded;
+        const int8_t* ws = wn.data() + seg.begin(s);
+        int32_t dot = 0;
+        for (int64_t i = 0; i < seg.size(s); ++i) dot += static_cast<int32_t>(ws[i]) * q[i];
+        const int64_t g = n * w.groups + s / seg.per_group;
+        float part = static_cast<float>(dot);
+        if (w.zero) part -= w.zero[g] * static_cast<float>(a.sum[m * seg.count + s]);
+        acc += part * w.scale[g] * a.scale[m * seg.count + s];
+      }
+      y[m * w.n + n] = acc;
+    }
+  }
+}
+
+}  // namespace lowbit
