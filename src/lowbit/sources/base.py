@@ -4,6 +4,7 @@ A format (gguf.py, safetensors.py) answers two questions, `_find` and `_read`; t
 """
 
 import hashlib
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class ModelSource:
         self.path = path
         self.name = name or path.stem
         self.config: Any = self._load_config()
-        model = self.new_skeleton()
+        model = self._first_skeleton()
         if not self.config.architectures:
             self.config.architectures = [type(model).__name__]
         self.tied: dict[str, str] = skeleton.tied_names(model)
@@ -45,6 +46,9 @@ class ModelSource:
 
     def _find(self, model: nn.Module, names: list[str]) -> dict[str, Any]:
         """State-dict name -> whatever `_read` needs, for those of `names` that the files hold."""
+        raise NotImplementedError
+
+    def _stored_count(self) -> int:
         raise NotImplementedError
 
     def _stored_shape(self, entry: Any) -> tuple[int, ...]:
@@ -68,6 +72,16 @@ class ModelSource:
     def keys(self) -> list[str]:
         """Names this source can give, in state-dict order; of names that share a weight only the owner."""
         return list(self._entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        """Can `get` give it? Aliases of tied weights count."""
+        return self.tied.get(name, name) in self._entries
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[self._known(name)]
@@ -117,10 +131,28 @@ class ModelSource:
         )
 
     def new_skeleton(self, auto: Any = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The architecture in eval mode without weight memory (skeleton.py); `fill(model, source)` brings the weights."""
+        """The architecture in eval mode without weight memory; `fill(model, source)` brings the weights."""
         return skeleton.new_skeleton(self.config, auto, dtype)
 
     # -- inside
+
+    def _first_skeleton(self) -> nn.Module:
+        layers = getattr(self.config.get_text_config(), "num_hidden_layers", 0)
+        if layers > self._stored_count():  # before building: a damaged number would build for hours
+            raise ModelError(
+                f"{self.path} declares {layers} layers but holds {self._stored_count()} tensors; check that config and "
+                "weights belong together."
+            )
+        try:
+            return self.new_skeleton()
+        except ModelError:
+            raise
+        except Exception as e:
+            first = (str(e).strip().splitlines() or [""])[0]
+            raise ModelError(
+                f"{self.path}: transformers cannot build this configuration ({type(e).__name__}: {first}); "
+                "download the model again, or try `pip install -U transformers`."
+            ) from e
 
     def _known(self, name: str) -> str:
         name = self.tied.get(name, name)

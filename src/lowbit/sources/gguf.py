@@ -60,6 +60,9 @@ class GgufSource(ModelSource):
                 parts.setdefault(name, []).append(self.header.tensors[stored])
         return {name: Entry(name, tuple(infos)) for name, infos in parts.items()}
 
+    def _stored_count(self) -> int:
+        return len(self.header.tensors)
+
     def _stored_shape(self, entry: Entry) -> tuple[int, ...]:
         infos, wanted = entry.parts, self._shapes[entry.name]
         same = sum(i.n_bytes // i.row_bytes * i.shape[-1] for i in infos) if len(infos) > 1 else 0
@@ -94,7 +97,7 @@ class GgufSource(ModelSource):
         return [self.path]
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer in the file, with its chat template. Raises ModelError when transformers finds none it knows."""
+        """The tokenizer in the file, with its chat template. Raises ModelError when there is none it can use."""
         from transformers import AutoTokenizer
 
         if "tokenizer.ggml.tokens" not in self.header.counts:
@@ -171,8 +174,9 @@ def _wrapped(path: Path) -> Any:
     """Whatever transformers' GGUF reader raises becomes a sentence that names the file."""
     try:
         yield
-    except (ValueError, KeyError, TypeError, IndexError, NotImplementedError, AttributeError, OSError) as e:
+    except Exception as e:  # damaged metadata fails in as many ways as there are keys
+        first = (str(e).strip().splitlines() or [""])[0]
         raise ModelError(
-            f"{os.fspath(path)}: transformers cannot use this GGUF's metadata ({type(e).__name__}: {e}); "
+            f"{os.fspath(path)}: transformers cannot use this GGUF's metadata ({type(e).__name__}: {first}); "
             "try `pip install -U transformers gguf`, or give the model as a safetensors folder."
         ) from e

@@ -3,8 +3,7 @@
     "GGUF" | version u32 | tensor count u64 | metadata count u64 | metadata | tensor table | padding | tensor bytes
 
 A string is a u64 length and UTF-8 bytes; an array is an element type u32, a count u64 and the elements; a tensor entry
-is name, dims u32, dims * u64 (fastest first), type u32, offset u64 counted from the start of the tensor bytes. All of it
-little endian.
+is name, dims u32, dims * u64 (fastest first), type u32, offset u64 from the start of the tensor bytes. Little endian.
 
 The tokenizer's arrays are counted, not kept: only transformers' tokenizer loader needs them, and reads the file itself.
 Source: the GGUF specification (ggml project, docs/gguf.md), versions 2 and 3.
@@ -39,7 +38,7 @@ class TensorInfo:
 
 @dataclass
 class Header:
-    """metadata: all but the tokenizer's arrays; counts: length of every array; raw: the bytes each entry was stored as."""
+    """metadata: all but the tokenizer's arrays; counts: length of every array; raw: each entry as stored."""
 
     path: Path
     version: int = 0

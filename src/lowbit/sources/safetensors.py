@@ -42,6 +42,9 @@ class SafetensorsSource(ModelSource):
     def __init__(self, path: Path, name: str | None = None, kind: str = "safetensors"):
         self.kind = kind
         self._shards = weight_files(path)
+        self._table: dict[str, Entry] = {}
+        for shard in self._shards:
+            self._table.update(read_header(shard))
         super().__init__(path, name or path.resolve().name)
 
     def _load_config(self) -> Any:
@@ -49,8 +52,8 @@ class SafetensorsSource(ModelSource):
 
         try:
             config = AutoConfig.from_pretrained(str(self.path))
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            first = str(e).strip().splitlines()[0]
+        except Exception as e:  # a damaged config fails in as many ways as there are keys
+            first = (str(e).strip().splitlines() or [type(e).__name__])[0]
             raise ModelError(
                 f"{self.path / 'config.json'} cannot be used: {first}; {AGAIN}, or `pip install -U transformers`."
             ) from e
@@ -62,9 +65,7 @@ class SafetensorsSource(ModelSource):
         return config
 
     def _find(self, model: nn.Module, names: list[str]) -> dict[str, Entry]:
-        stored: dict[str, Entry] = {}
-        for path in self._shards:
-            stored.update(read_header(path))
+        stored = dict(self._table)
         for old, new in OLD_WORDS:
             stored |= {n.removesuffix(old) + new: e for n, e in stored.items() if n.endswith(old)}
         prefix = getattr(model, "base_model_prefix", "") + "."
@@ -75,6 +76,9 @@ class SafetensorsSource(ModelSource):
                     found[name] = stored[word]
                     break
         return found
+
+    def _stored_count(self) -> int:
+        return len(self._table)
 
     def _stored_shape(self, entry: Entry) -> tuple[int, ...]:
         return entry.shape
@@ -97,7 +101,7 @@ class SafetensorsSource(ModelSource):
         try:
             return AutoTokenizer.from_pretrained(str(self.path))
         except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as e:
-            first = str(e).strip().splitlines()[0]
+            first = (str(e).strip().splitlines() or [type(e).__name__])[0]
             raise ModelError(
                 f"{self.path} has no tokenizer that loads ({first}); copy the model's tokenizer files into it."
             ) from e

@@ -1,9 +1,8 @@
 """A model's architecture without its weights: parameters on the meta device, buffers real.
 
 Building under `torch.device("meta")` would leave the rotary tables and masks (buffers that no file stores) without
-values. Here only weights are kept off memory: `torch.empty` makes meta tensors, and any parameter made another way moves
-to meta as it is registered. Everything else (arange, full, ...) is computed for real, so the non-persistent buffers are
-right.
+values. Here only weights are kept off memory: `torch.empty` makes meta tensors, and any parameter made another way
+moves to meta as it is registered. Everything else (arange, full, ...) is computed for real, so those buffers are right.
 
 `fill` then reads weights in, `drop` sends them back to meta: the walk over the blocks uses the two in turn.
 """
@@ -42,7 +41,8 @@ def _parameter_to_meta(module: nn.Module, name: str, param: nn.Parameter | None)
 @contextmanager
 def without_weights() -> Iterator[None]:
     """Modules built inside own parameters on meta and buffers in memory. Not for use from several threads at once."""
-    hook = nn.modules.module.register_module_parameter_registration_hook(_parameter_to_meta)  # type: ignore[arg-type]
+    register = nn.modules.module.register_module_parameter_registration_hook
+    hook = register(_parameter_to_meta)  # type: ignore[arg-type]
     try:
         with _EmptyIsMeta():
             yield
@@ -51,8 +51,8 @@ def without_weights() -> Iterator[None]:
 
 
 def model_class(config: Any) -> type[nn.Module]:
-    """The transformers class for a configuration: the one its `architectures` names, else the causal LM, or the masked LM
-    for encoders. Raises ModelError when transformers does not ship the architecture."""
+    """The transformers class for a configuration: the one its `architectures` names, else the causal LM,
+    or the masked LM for encoders. Raises ModelError when transformers does not ship the architecture."""
     import transformers
 
     for name in config.architectures or []:
@@ -67,7 +67,7 @@ def model_class(config: Any) -> type[nn.Module]:
     order = (causal, masked) if getattr(config, "is_decoder", False) or type(config) not in masked else (masked,)
     for mapping in order:
         if type(config) in mapping:
-            found = mapping[type(config)]
+            found: Any = mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
     raise ModelError(
         f"model type {config.model_type!r} is neither a causal nor a masked language model in transformers "
@@ -103,7 +103,7 @@ def _dtype_word() -> str:
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """alias -> the name that owns the memory (first in state-dict order): lm_head.weight -> model.embed_tokens.weight"""
+    """alias -> the name that owns the memory (the first): lm_head.weight -> model.embed_tokens.weight"""
     owner: dict[int, str] = {}
     tied: dict[str, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -117,7 +117,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 def fill(model: nn.Module, source: "ModelSource", names: Iterable[str] | None = None) -> None:
     """Read `names` (state-dict names; None: all the source has) into the model, one at a time.
 
-    Weights keep the dtype of the source; a tied weight stays one tensor. Raises ModelError for a name the source or the model lacks.
+    Weights keep the dtype of the source; a tied weight stays one tensor. Raises ModelError for a name that the source
+    or the model lacks.
     """
     aliases: dict[str, list[str]] = {}
     for alias, name in source.tied.items():

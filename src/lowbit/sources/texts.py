@@ -182,7 +182,7 @@ def _dataset(name: str, split: str, column: str) -> Iterator[str]:
             reasons.append(f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}")
     else:
         raise DataError(
-            f"{name!r} is no file or folder here, and could not be loaded as a dataset (split {split!r}; {reasons[0]}); "
+            f"{name!r} is no file or folder here, and cannot be loaded as a dataset (split {split!r}; {reasons[0]}); "
             "check the name, or without a network give a text file."
         )
     _check_column(column, list(table.column_names), f"dataset {name}")

@@ -1,8 +1,8 @@
 """Cutting a text into windows of tokens, seeded, so that a calibration can be repeated exactly.
 
 The whole text is tokenised once, without special tokens. With n tokens and `context` tokens a window there are
-n // context places that do not overlap; a random shift s in [0, n mod context] and a random choice among the places give
-the starts
+n // context places that do not overlap; a random shift s in [0, n mod context] and a random choice among the places
+give the starts
 
     start_i = s + context * place_i,     the places sampled without replacement and kept in text order
 """
@@ -20,7 +20,7 @@ from lowbit.errors import DataError
 
 @dataclass(frozen=True)
 class Windows:
-    """ids: (windows, context) int64; tokens_total: tokens in the text; note: what differs from what was asked, or ''."""
+    """ids: (windows, context) int64; tokens_total: tokens in the text; note: what differs from the wish, or ''."""
 
     ids: Tensor
     tokens_total: int
