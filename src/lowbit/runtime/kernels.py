@@ -1,0 +1,283 @@
+"""The kernel table as Python sees it: which row runs, whether it agrees with the scalar row, and the bare calls.
+
+    LOWBIT_ISA=scalar lowbit doctor        forces a row; unset, the best row this CPU can run is used
+
+At first use every row that will run is compared with the scalar row on small problems (1 to 8 bits, odd shapes, ragged
+groups, shared and per-row tables). Integers and decoded weights must be equal, float sums within
+|y - y_scalar| <= (K/8 + 12) 2**-24 sum |x w_hat|. The scalar row is compared with the formula written out in torch.
+A row that disagrees is refused, never replaced in silence.
+
+The functions here are bare: float32, contiguous, on the CPU, two-dimensional. `ops` wraps them for any dtype and shape.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit.errors import KernelError
+from lowbit.formats import pack_bits
+
+OPS = ("decode", "embedding", "linear_float", "quantize", "linear_int8")
+FAMILIES = {"table16": (1, 2, 3, 4), "table256": (5, 6, 7, 8)}  # format family -> bits per code
+_TABLE_OF = {"embedding": "decode"}  # an embedding decodes the rows it is asked for
+
+
+def rows() -> list[dict[str, Any]]:
+    """Every kernel row: op, format family, isa, active (it is what runs), selfcheck ("ok", "failed", "not supported").
+
+    Raises KernelError where the extension is missing or LOWBIT_ISA names no row of this CPU.
+    """
+    active, out = _pick(_forced()), []
+    for op in OPS:
+        for name, isa, supported in _extension().table():
+            if name == _TABLE_OF.get(op, op):
+                for family in FAMILIES:
+                    check = ("ok" if _agrees(op, family, isa) else "failed") if supported else "not supported"
+                    out.append({"op": op, "format": family, "isa": isa, "active": isa == active, "selfcheck": check})
+    return out
+
+
+def active_isa() -> str:
+    """Name of the rows that run, "avx2" or "scalar", checked at first use.
+
+    Raises KernelError as `rows`, and where a row fails its check.
+    """
+    return _checked_isa(_forced())
+
+
+def linear_float(
+    x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bits: int, isa: "str | None" = None
+) -> Tensor:
+    """y (M, N) = x (M, K) @ w_hat.T, w_hat = (table[code] - zero) * scale decoded a few rows at a time.
+
+    codes: (N, ceil(K*bits/8)) uint8, each row a little-endian bit stream; table: (1 or N, 2**bits) float32;
+    scale: (N, G) float32, G divides K; zero: (N, G) float32, or (0, 0) for none. isa: a row by name, else the active.
+    Raises KernelError where the sizes contradict each other.
+    """
+    y = _new(x.shape[0], codes.shape[0])
+    _call(_extension().linear_float, x, codes, table, scale, zero, bits, y, _threads(), isa or active_isa())
+    return y
+
+
+def linear_int8(
+    x: Tensor, codes: Tensor, levels: Tensor, scale: Tensor, zero: Tensor, bits: int, isa: "str | None" = None
+) -> Tensor:
+    """As `linear_float` with x rounded to int8 per token and segment, and levels (1 or N, 2**bits) int8 for the table.
+
+    A segment is a weight group of at most 256 columns, or a block of 128 (and a ragged tail) of a larger one.
+    Integer sums are exact; every row gives the scalar row's floats bit for bit.
+    """
+    y = _new(x.shape[0], codes.shape[0])
+    _call(_extension().linear_int8, x, codes, levels, scale, zero, bits, y, _threads(), isa or active_isa())
+    return y
+
+
+def decode(
+    codes: Tensor,
+    table: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bits: int,
+    columns: int,
+    rows: "Tensor | None" = None,
+    isa: "str | None" = None,
+) -> Tensor:
+    """w_hat (N, columns), or its rows (int64, any order, repeats allowed). Raises IndexError on a row not in 0 .. N-1."""
+    out = _new(codes.shape[0] if rows is None else rows.shape[0], columns)
+    _call(_extension().decode, codes, table, scale, zero, bits, rows, out, _threads(), isa or active_isa())
+    return out
+
+
+class Quantized(NamedTuple):
+    """q (M, segments * padded) int8, zeros in the padding; scale and sum of q (M, segments), float32 and int32."""
+
+    q: Tensor
+    scale: Tensor
+    sum: Tensor
+
+
+def quantize(x: Tensor, groups: int, isa: "str | None" = None) -> Quantized:
+    """The activations `linear_int8` multiplies: q = round_to_even(x * 127/absmax) per token and segment, never -128."""
+    count, _, padded, _ = _call(_extension().segments, groups, max(x.shape[1] // groups, 1))
+    out = Quantized(
+        _new(x.shape[0], count * padded, torch.int8),
+        _new(x.shape[0], count),
+        _new(x.shape[0], count, torch.int32),
+    )
+    _call(_extension().quantize, x, groups, *out, isa or active_isa())
+    return out
+
+
+# ---------------------------------------------------------------- picking a row
+
+
+@cache
+def _extension() -> ModuleType:
+    try:
+        from lowbit import _kernels  # type: ignore[attr-defined]
+    except ImportError as e:
+        raise KernelError(
+            f"the compiled kernels cannot be loaded ({e}). Reinstall lowbit: pip install --force-reinstall lowbit"
+        ) from e
+    return _kernels
+
+
+def _new(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(rows, columns, dtype=dtype, device="cpu")  # whatever the default dtype and device are
+
+
+def _forced() -> str:
+    return os.environ.get("LOWBIT_ISA", "").strip()
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _call(fn: Callable, *args: Any) -> Any:
+    try:
+        return fn(*args)
+    except ValueError as e:
+        raise KernelError(f"kernel refused its arguments: {e}") from e
+    except TypeError as e:  # a dtype, a rank, a stride: the extension converts nothing
+        raise KernelError(f"kernel arguments must be contiguous CPU tensors of the documented types: {e}") from e
+
+
+@cache
+def _pick(force: str) -> str:
+    try:
+        picked = {_extension().pick(_TABLE_OF.get(op, op), force) for op in OPS}
+    except ValueError as e:
+        raise KernelError(str(e)) from e
+    assert len(picked) == 1, "the operations have the same rows"
+    return picked.pop()
+
+
+@cache
+def _checked_isa(force: str) -> str:
+    isa = _pick(force)
+    for op in OPS:
+        for family in FAMILIES:
+            if not _agrees(op, family, isa):
+                other = "Report it, please." if isa == "scalar" else "Set LOWBIT_ISA=scalar to go on without it."
+                raise KernelError(
+                    f"kernel row {op}/{family}/{isa} computes wrong results on this machine and is refused. {other}"
+                )
+    return isa
+
+
+# ---------------------------------------------------------------- the self-check
+
+
+class _Problem(NamedTuple):
+    x: Tensor
+    codes: Tensor
+    table: Tensor
+    levels: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    raw: Tensor  # the codes before packing
+
+
+# (M, N, K, G, per-row table, zero): single elements, ragged groups, a long group cut in blocks, more rows than a tile
+_SHAPES = (
+    (1, 1, 1, 1, False, False),
+    (3, 5, 66, 3, True, True),
+    (5, 27, 128, 2, False, True),
+    (2, 9, 300, 1, True, False),
+)
+
+
+def _problem(bits: int, shape: tuple[int, int, int, int, bool, bool], seed: int) -> _Problem:
+    m, n, k, groups, per_row, has_zero = shape
+    random = np.random.default_rng(seed)  # numpy: torch's default dtype, device and modes do not reach it
+
+    def floats(*size: int) -> Tensor:
+        return torch.from_numpy(random.standard_normal(size, dtype=np.float32))
+
+    raw = torch.from_numpy(random.integers(0, 2**bits, (n, k), dtype=np.uint8))
+    levels = torch.from_numpy(random.integers(-128, 128, (n if per_row else 1, 2**bits), dtype=np.int8))
+    if shape[1] == 27:  # consecutive integers, the common case, have their own paths
+        levels = torch.from_numpy(np.arange(2**bits) - 2 ** (bits - 1)).to(torch.int8)[None]
+    scale, zero = floats(n, groups), floats(n, groups) if has_zero else _new(0, 0)
+    x = floats(m, k)
+    x[0] = x[0].sign() * 3  # every quantized activation at its extreme
+    return _Problem(x, pack_rows(raw, bits), levels.float(), levels, scale, zero, bits, raw)
+
+
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """(N, K) codes -> (N, ceil(K*bits/8)) uint8: the canonical bit stream, each row starting on a byte."""
+    n, k = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -k % 8))  # 8 codes fill whole bytes
+    row_bytes = -(-k * bits // 8)
+    return pack_bits(padded, bits).reshape(n, padded.shape[1] * bits // 8)[:, :row_bytes].contiguous()
+
+
+def _run(op: str, p: _Problem, isa: str) -> Tensor:
+    if op == "linear_float":
+        return linear_float(p.x, p.codes, p.table, p.scale, p.zero, p.bits, isa)
+    if op == "linear_int8":
+        return linear_int8(p.x, p.codes, p.levels, p.scale, p.zero, p.bits, isa)
+    if op == "quantize":
+        return torch.cat([t.float() for t in quantize(p.x, p.scale.shape[1], isa)], 1)
+    rows = torch.arange(p.codes.shape[0], device="cpu").flip(0) if op == "embedding" else None
+    return decode(p.codes, p.table, p.scale, p.zero, p.bits, p.x.shape[1], rows, isa)
+
+
+def _weight(p: _Problem) -> Tensor:
+    """w_hat by the formula, float32 (N, K)."""
+    n, k = p.raw.shape
+    level = p.table.expand(n, -1).gather(1, p.raw.long()).reshape(n, p.scale.shape[1], -1)
+    return ((level - p.zero[..., None] if p.zero.numel() else level) * p.scale[..., None]).reshape(n, k)
+
+
+def _formula(op: str, p: _Problem) -> Tensor:
+    """What the scalar row must give, from torch alone (float64 sums)."""
+    w = _weight(p)
+    if op in ("decode", "embedding"):
+        return w.flip(0) if op == "embedding" else w
+    if op == "linear_float":
+        return (p.x.double() @ w.double().T).float()
+    quantized = _quantize_by_formula(p)
+    if op == "quantize":
+        return torch.cat([t.float() for t in quantized], 1)
+    groups, group = p.scale.shape[1], p.raw.shape[1] // p.scale.shape[1]
+    count, length, padded, per_group = _extension().segments(groups, group)
+    x_hat = quantized.q.reshape(-1, count, padded)[..., :length] * quantized.scale[..., None].double()
+    x_hat = x_hat.reshape(len(p.x), groups, per_group * length)[..., :group].reshape(p.x.shape)
+    return (x_hat @ w.double().T).float()
+
+
+def _quantize_by_formula(p: _Problem) -> Quantized:
+    groups = p.scale.shape[1]
+    count, length, padded, per_group = _extension().segments(groups, p.x.shape[1] // groups)
+    x = torch.nn.functional.pad(p.x.reshape(len(p.x), groups, -1), (0, per_group * length - p.x.shape[1] // groups))
+    x = torch.nn.functional.pad(x.reshape(len(p.x), count, length), (0, padded - length))
+    most = x.abs().amax(-1)
+    q = (x * (127 / most)[..., None]).round().to(torch.int8)
+    return Quantized(q.reshape(len(p.x), -1), most / 127, q.sum(-1, dtype=torch.int32))
+
+
+@cache
+def _agrees(op: str, family: str, isa: str) -> bool:
+    for bits in FAMILIES[family]:
+        for seed, shape in enumerate(_SHAPES):
+            p = _problem(bits, shape, seed)
+            want = _formula(op, p) if isa == "scalar" else _run(op, p, "scalar")
+            got, exact = (
+                _run(op, p, isa),
+                op in ("decode", "embedding", "quantize") or (op == "linear_int8" and isa != "scalar"),
+            )
+            bound = 0.0 if exact else (p.x.shape[1] / 8 + 12) * 2**-24 * (p.x.abs() @ _weight(p).abs().T) + 1e-30
+            if op == "linear_int8" and isa == "scalar":  # its float32 steps: the zero's term may cancel
+                bound = bound + 1e-5 * want.abs().amax() + 1e-5
+            if not bool(((got - want).abs() <= bound).all()):
+                return False
+    return True

@@ -1,0 +1,410 @@
+"""Layers that compute from packed bits: PackedLinear, PackedConv2d, PackedEmbedding.
+
+    y = x @ w_hat.T + bias        w_hat = dense part, decoded by the kernel a few rows at a time, + sparse exceptions
+
+The buffers are exactly the tensors an artifact stores (`QuantizedTensor.tensors()`), so a state dict *is* the packed
+layer. What the kernel wants (rows starting on bytes, float32 scales of shape (N, G), one table) is derived at first use
+and kept beside them, never saved; loading or moving the buffers throws it away. On other devices than the CPU the weight
+is decoded for each call and multiplied there.
+
+    layer = PackedLinear.from_quantized(quantize(w, Format.parse("uint4-g64")), bias)
+    layer = PackedLinear(meta, bias=True, device="meta")          # empty: a loader fills the buffers
+"""
+
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowbit.errors import ArtifactError, FormatError, ShapeError
+from lowbit.formats import QuantizedTensor, tensor_specs
+from lowbit.formats.tensor import matrix_shape
+from lowbit.runtime import ops
+from lowbit.runtime.kernels import pack_rows
+
+ACTIVATIONS = ("float", "int8")
+
+
+class KernelWeight(NamedTuple):
+    """Arguments of `ops`: codes (N, row_bytes), table or int8 levels (1 or N, 2**bits), scale (N, G), zero so or (0, 0)."""
+
+    codes: Tensor
+    table: Tensor
+    scale: Tensor
+    zero: Tensor
+    bits: int
+
+
+class Exceptions(NamedTuple):
+    """Places of the further parts in row-major order, and what is to be added there to the dense part."""
+
+    row: Tensor
+    col: Tensor
+    value: Tensor
+
+
+class Prepared(NamedTuple):
+    """What a layer derives from its buffers. `source` are the buffers it came from: others mean it is stale."""
+
+    source: tuple[Tensor, ...]
+    weight: KernelWeight
+    exceptions: "Exceptions | None"
+
+
+def kernel_weight(qt: QuantizedTensor) -> KernelWeight:
+    """The dense part of a quantized tensor (on the CPU) as kernel arguments."""
+    (out, in_), fmt, grid = qt.matrix_shape, qt.format, qt.grid()
+    _, block_cols = fmt.blocks.size(out, in_)
+    groups = in_ // block_cols
+    scale, zero = (torch.empty(0, 0) if t is None else _per_row(t, out, groups) for t in (grid.scale, grid.zero))
+    if grid.table is None:
+        table = fmt.levels.table()[None]
+    else:
+        table = grid.table if len(grid.table) in (1, out) else grid.table.repeat_interleave(out // len(grid.table), 0)
+    return KernelWeight(_row_codes(qt), _full_table(table, fmt.levels.bits), scale, zero, fmt.levels.bits)
+
+
+def _per_row(blocks: Tensor, out: int, groups: int) -> Tensor:
+    """(blocks, 1), row-major over the block matrix -> (out, groups) float32: each row gets its tile's number."""
+    grid = blocks.float().reshape(-1, groups)
+    return grid.repeat_interleave(out // max(len(grid), 1), 0).contiguous()
+
+
+def _row_codes(qt: QuantizedTensor) -> Tensor:
+    (out, in_), levels = qt.matrix_shape, qt.format.levels
+    if levels.packing == "bits" and in_ * levels.bits % 8 == 0:  # rows already start on bytes: no copy
+        return qt.parts[0].tensors["codes"].reshape(out, in_ * levels.bits // 8)
+    return pack_rows(qt.part_codes(), levels.bits)
+
+
+def _full_table(table: Tensor, bits: int) -> Tensor:
+    """Level sets of fewer than 2**bits levels: codes past the last one never occur; they mean the last level."""
+    missing = 2**bits - table.shape[1]
+    return torch.cat([table, table[:, -1:].expand(-1, missing)], 1).float().contiguous()
+
+
+def exceptions(qt: QuantizedTensor, weight: KernelWeight) -> "Exceptions | None":
+    """The sparse correction w_hat - (dense part) at the places of the further parts, or None without any."""
+    if len(qt.parts) == 1:
+        return None
+    mask = torch.stack([qt.mask(i) for i in range(1, len(qt.parts))]).any(0)
+    row, col = mask.nonzero(as_tuple=True)
+    dense = QuantizedTensor(qt.shape, qt.parts[:1]).dequantize().reshape(mask.shape)
+    return Exceptions(row, col, qt.dequantize().reshape(mask.shape)[mask] - dense[mask])
+
+
+class _Packed(nn.Module):
+    """What the packed layers share: the buffers of one quantized tensor, their meta, and what is derived from them."""
+
+    bias: "nn.Parameter | None"
+
+    def __init__(self, meta: dict[str, Any], device: Any = None, activations: str = "float") -> None:
+        super().__init__()
+        self.meta = meta
+        self.shape = tuple(int(s) for s in meta["shape"])
+        self._packed = tuple(specs := tensor_specs(meta))
+        for key, (shape, dtype) in specs.items():
+            self.register_buffer(key, torch.empty(shape, dtype=dtype, device=device))
+        self.activations = activations
+        self._prepared: Prepared | None = None
+        self._int8: KernelWeight | None = None
+
+    @property
+    def activations(self) -> str:
+        """ "float" (exact) or "int8" (rounded per token and group; integer arithmetic inside)."""
+        return self._activations
+
+    @activations.setter
+    def activations(self, kind: str) -> None:
+        if kind not in ACTIVATIONS:
+            raise FormatError(f'activations={kind!r} is unknown. Use "float" or "int8".')
+        self._activations = kind
+
+    def quantized(self) -> QuantizedTensor:
+        """The quantized tensor these buffers hold, checked anew.
+
+        Raises ArtifactError where they were never filled, FormatError where they are impossible.
+        """
+        tensors = {key: getattr(self, key) for key in self._packed}
+        if any(t.is_meta for t in tensors.values()):
+            raise ArtifactError(
+                "a packed layer was used before its tensors were loaded: load the artifact's state dict first."
+            )
+        return QuantizedTensor.from_tensors(self.meta, tensors)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight in its own shape, decoded by the plain formula (not by the kernels)."""
+        return self.quantized().dequantize(dtype)
+
+    def prepare(self) -> "Prepared":
+        """Derive the kernel's arguments now rather than at the first call; a no-op where they are fresh."""
+        source = tuple(self._buffers[key] for key in self._packed)
+        kept = self._prepared
+        if kept is None or not all(a is b for a, b in zip(kept.source, source)):
+            qt = self.quantized()
+            weight = kernel_weight(qt)
+            kept = self._prepared = Prepared(source, weight, exceptions(qt, weight))  # type: ignore[arg-type]
+            self._int8 = None
+        return kept
+
+    def _int8_weight(self, weight: KernelWeight) -> KernelWeight:
+        if self._int8 is None:
+            of = ops.int8_levels(weight.table)
+            self._int8 = KernelWeight(
+                weight.codes, of.levels, *ops.fold_int8(weight.scale, weight.zero, of), weight.bits
+            )
+        return self._int8
+
+    def _matmul(self, x: Tensor, rows: "slice | None" = None) -> Tensor:
+        """x (..., K) @ w_hat.T, of some output rows only if asked (a convolution's groups)."""
+        if x.is_meta:
+            return x.new_empty(*x.shape[:-1], self.shape[0] if rows is None else rows.stop - rows.start)
+        if x.device.type != "cpu":
+            w = self.dequantize(x.dtype).reshape(matrix_shape(self.shape))
+            return F.linear(x, w if rows is None else w[rows])
+        prepared = self.prepare()
+        weight, sparse = prepared.weight, prepared.exceptions
+        kernel = ops.linear_float
+        if self._activations == "int8":
+            weight, kernel = self._int8_weight(weight), ops.linear_int8
+        if rows is not None:
+            weight, sparse = _rows_of(weight, rows), None if sparse is None else _exceptions_of(sparse, rows)
+        y = kernel(x, *weight)
+        return y if sparse is None else y + ops.sparse_linear(x, *sparse, y.shape[-1])
+
+    def _forget(self) -> None:
+        self._prepared = self._int8 = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Packed":
+        """Moves follow; casts do not: `.half()` or `.to(dtype)` on a model must not round what the artifact stores."""
+        packed = {key: self._buffers.pop(key) for key in self._packed}
+        try:
+            super()._apply(fn, recurse)
+            for key, t in packed.items():
+                assert t is not None
+                moved = fn(t)
+                packed[key] = moved if moved.dtype == t.dtype else t.to(moved.device)
+        finally:
+            self._buffers.update(packed)
+            self._forget()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prepared": None, "_int8": None}
+
+    def _fill(self, qt: QuantizedTensor, bias: "Tensor | None") -> None:
+        self._buffers.update(qt.tensors())
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+
+    def extra_repr(self) -> str:
+        parts = " + ".join(p["format"] for p in self.meta["parts"])
+        stored = sum(self._buffers[k].nbytes for k in self._packed)  # type: ignore[union-attr]
+        bits = 8 * stored / max(prod(self.shape), 1)
+        bias = "" if not hasattr(self, "bias") else f", bias={self.bias is not None}"
+        return f"{self._sizes()}{bias}, format={parts}, bits_per_weight={bits:.3f}, activations={self.activations}"
+
+    def _sizes(self) -> str:
+        return "shape=" + "x".join(map(str, self.shape))
+
+
+def _rows_of(w: KernelWeight, rows: slice) -> KernelWeight:
+    table = w.table if len(w.table) == 1 else w.table[rows]
+    return KernelWeight(w.codes[rows], table, w.scale[rows], w.zero[rows] if w.zero.numel() else w.zero, w.bits)
+
+
+def _exceptions_of(e: Exceptions, rows: slice) -> Exceptions:
+    mine = (e.row >= rows.start) & (e.row < rows.stop)
+    return Exceptions(e.row[mine] - rows.start, e.col[mine], e.value[mine])
+
+
+def _empty_bias(bias: bool, size: int, device: Any, dtype: "torch.dtype | None") -> "nn.Parameter | None":
+    return nn.Parameter(torch.zeros(size, device=device, dtype=dtype), requires_grad=False) if bias else None
+
+
+class PackedLinear(_Packed):
+    """x (..., in_features), any float dtype -> (..., out_features) in x's dtype."""
+
+    def __init__(
+        self,
+        meta: dict[str, Any],
+        bias: bool = False,
+        device: Any = None,
+        dtype: "torch.dtype | None" = None,
+        activations: str = "float",
+    ) -> None:
+        """Empty, for a loader: meta as `QuantizedTensor.meta()`; dtype is the bias's."""
+        super().__init__(meta, device, activations)
+        if len(self.shape) != 2:
+            raise ShapeError(
+                f"a linear layer's weight has two dimensions, not {self.shape}. Use PackedConv2d for convolutions."
+            )
+        self.out_features, self.in_features = self.shape
+        self.bias = _empty_bias(bias, self.out_features, device, dtype)
+
+    @classmethod
+    def from_quantized(
+        cls, qt: QuantizedTensor, bias: "Tensor | None" = None, activations: str = "float"
+    ) -> "PackedLinear":
+        """A layer over a quantized tensor's own tensors (no copy); bias (out_features,) or None."""
+        layer = cls(qt.meta(), device="meta", activations=activations)
+        layer._fill(qt, bias)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ShapeError(f"input has {x.shape[-1]} features, the layer needs {self.in_features}.")
+        y = self._matmul(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _sizes(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class PackedEmbedding(_Packed):
+    """ids (...) int -> (..., embedding_dim): rows of w_hat, decoded on demand, in `dtype`."""
+
+    def __init__(
+        self,
+        meta: dict[str, Any],
+        padding_idx: "int | None" = None,
+        device: Any = None,
+        dtype: "torch.dtype | None" = None,
+    ) -> None:
+        """Empty, for a loader. dtype: of the output; default float32."""
+        super().__init__(meta, device)
+        if len(self.shape) != 2:
+            raise ShapeError(f"an embedding's weight has two dimensions, not {self.shape}.")
+        self.num_embeddings, self.embedding_dim = self.shape
+        self.padding_idx, self.dtype = padding_idx, dtype or torch.float32
+
+    @classmethod
+    def from_quantized(
+        cls, qt: QuantizedTensor, padding_idx: "int | None" = None, dtype: "torch.dtype | None" = None
+    ) -> "PackedEmbedding":
+        layer = cls(qt.meta(), padding_idx, device="meta", dtype=dtype)
+        layer._fill(qt, None)
+        return layer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedEmbedding":
+        probe = fn(torch.empty(0, dtype=self.dtype))  # `.half()` on a model asks embeddings for half outputs
+        self.dtype = probe.dtype if probe.is_floating_point() else self.dtype
+        super()._apply(fn, recurse)
+        return self
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if ids.is_meta:
+            return torch.empty(*ids.shape, self.embedding_dim, dtype=self.dtype, device="meta")
+        if ids.device.type != "cpu":
+            return F.embedding(ids, self.dequantize(self.dtype))
+        prepared = self.prepare()
+        w = prepared.weight
+        out = ops.embedding(ids, w.codes, w.table, w.scale, w.zero, w.bits, self.embedding_dim)
+        if prepared.exceptions is not None:
+            out = out + self._exception_rows(ids, prepared.exceptions)
+        return out.to(self.dtype)
+
+    def _exception_rows(self, ids: Tensor, e: Exceptions) -> Tensor:
+        """(..., embedding_dim) float32 correction of the rows asked for; entries are sorted by row."""
+        flat = ids.reshape(-1).to(torch.int64)
+        first, last = torch.searchsorted(e.row, flat), torch.searchsorted(e.row, flat, right=True)
+        count = last - first
+        token = torch.arange(len(flat)).repeat_interleave(count)
+        at = torch.arange(len(token)) - (count.cumsum(0) - count)[token] + first[token]
+        out = torch.zeros(len(flat), self.embedding_dim)
+        out[token, e.col[at]] = e.value[at]
+        return out.reshape(*ids.shape, self.embedding_dim)
+
+    def _sizes(self) -> str:
+        return f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}"
+
+
+class PackedConv2d(_Packed):
+    """x (B, in_channels, H, W) or without B -> (B, out_channels, H', W'): patches (unfold) times the packed kernel."""
+
+    def __init__(
+        self,
+        meta: dict[str, Any],
+        bias: bool = False,
+        stride: "int | tuple[int, int]" = 1,
+        padding: "int | str | tuple[int, int]" = 0,
+        dilation: "int | tuple[int, int]" = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: "torch.dtype | None" = None,
+        activations: str = "float",
+    ) -> None:
+        """Empty, for a loader; arguments as nn.Conv2d. Raises ShapeError where groups do not divide the channels."""
+        super().__init__(meta, device, activations)
+        if len(self.shape) != 4 or groups < 1 or self.shape[0] % groups:
+            raise ShapeError(f"a weight of shape {self.shape} cannot be a 2-D convolution with groups={groups}.")
+        self.out_channels, per_group, *kernel = self.shape
+        self.in_channels, self.kernel_size = per_group * groups, (kernel[0], kernel[1])
+        self.stride, self.dilation, self.groups, self.padding_mode = (
+            _pair(stride),
+            _pair(dilation),
+            groups,
+            padding_mode,
+        )
+        self.padding = padding if isinstance(padding, str) else _pair(padding)
+        self.bias = _empty_bias(bias, self.out_channels, device, dtype)
+
+    @classmethod
+    def from_quantized(
+        cls, qt: QuantizedTensor, bias: "Tensor | None" = None, activations: str = "float", **conv: Any
+    ) -> "PackedConv2d":
+        """conv: stride, padding, dilation, groups, padding_mode as nn.Conv2d has them."""
+        layer = cls(qt.meta(), device="meta", activations=activations, **conv)
+        layer._fill(qt, bias)
+        return layer
+
+    def _pads(self) -> list[int]:
+        """left, right, top, bottom."""
+        if isinstance(self.padding, str):
+            totals = [d * (k - 1) if self.padding == "same" else 0 for d, k in zip(self.dilation, self.kernel_size)]
+            (top, left), (h, w) = (t // 2 for t in totals), totals
+            return [left, w - left, top, h - top]
+        return [self.padding[1], self.padding[1], self.padding[0], self.padding[0]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 3:
+            return self.forward(x[None])[0]
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ShapeError(f"input is {tuple(x.shape)}, the layer needs (batch, {self.in_channels}, height, width).")
+        x = F.pad(x, self._pads(), "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        h, w = (
+            (n - d * (k - 1) - 1) // s + 1
+            for n, k, d, s in zip(x.shape[2:], self.kernel_size, self.dilation, self.stride)
+        )
+        patches = F.unfold(x, self.kernel_size, self.dilation, 0, self.stride).transpose(1, 2)  # (B, H'W', in*kh*kw)
+        y = torch.cat(list(self._groups(patches)), -1) if self.groups > 1 else self._matmul(patches)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y.transpose(1, 2).reshape(len(x), self.out_channels, h, w)
+
+    def _groups(self, patches: Tensor) -> Iterator[Tensor]:
+        rows = self.out_channels // self.groups
+        for i, part in enumerate(patches.chunk(self.groups, -1)):
+            yield self._matmul(part, slice(i * rows, (i + 1) * rows))
+
+
+def _pair(v: "int | tuple[int, int]") -> tuple[int, int]:
+    return (v, v) if isinstance(v, int) else (int(v[0]), int(v[1]))
+
+
+def set_activations(model: nn.Module, kind: str) -> int:
+    """Switch every packed linear and convolution of a model to "float" or "int8" activations; returns their number.
+
+    Raises FormatError on another word.
+    """
+    layers = [m for m in model.modules() if isinstance(m, (PackedLinear, PackedConv2d))]
+    for layer in layers:
+        layer.activations = kind
+    return len(layers)

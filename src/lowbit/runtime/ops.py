@@ -1,0 +1,145 @@
+"""The kernels as torch operators, so that torch.compile and torch.export see them.
+
+    lowbit::linear_float(x, codes, table, scale, zero, bits)            y = x @ w_hat.T, differentiable in x
+    lowbit::linear_int8(x, codes, levels, scale, zero, bits)            the same, x rounded to int8 per token and group
+    lowbit::embedding(ids, codes, table, scale, zero, bits, columns)    rows of w_hat
+    lowbit::sparse_linear(x, row, col, value, out_features)             the correction for exceptions (outliers)
+
+    w_hat[n, k] = (table[code[n, k]] - zero[n, g]) * scale[n, g]        g = k // (K // G)
+
+x: (..., K) of any float dtype; computed in float32; y: (..., N) in x's dtype. Packed arguments as in `kernels`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import KernelError
+from lowbit.runtime import kernels
+
+
+@torch.library.custom_op("lowbit::linear_float", mutates_args=(), device_types="cpu")
+def linear_float(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """y (..., N) = x (..., K) @ w_hat.T. Raises KernelError where sizes contradict each other."""
+    return _unflat(kernels.linear_float(_flat(x), codes, table, scale, zero, bits), x)
+
+
+@torch.library.custom_op("lowbit::linear_int8", mutates_args=(), device_types="cpu")
+def linear_int8(x: Tensor, codes: Tensor, levels: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """`linear_float` with int8 activations and an int8 level table (see `int8_levels`). Not differentiable."""
+    return _unflat(kernels.linear_int8(_flat(x), codes, levels, scale, zero, bits), x)
+
+
+@torch.library.custom_op("lowbit::embedding", mutates_args=(), device_types="cpu")
+def embedding(
+    ids: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int
+) -> Tensor:
+    """(..., columns) float32: rows `ids` (any shape, int32 or int64) of w_hat. Raises IndexError on an unknown id."""
+    flat = ids.reshape(-1).to(torch.int64).contiguous()
+    return kernels.decode(codes, table, scale, zero, bits, columns, flat).reshape(*ids.shape, columns)
+
+
+@torch.library.custom_op("lowbit::sparse_linear", mutates_args=(), device_types="cpu")
+def sparse_linear(x: Tensor, row: Tensor, col: Tensor, value: Tensor, out_features: int) -> Tensor:
+    """y (..., out_features) = x @ E.T, E[row, col] = value (float32), zero elsewhere; entries in row-major order."""
+    flat = _flat(x)
+    e = torch.sparse_coo_tensor(
+        torch.stack([row, col]), value, (out_features, flat.shape[1]), is_coalesced=True, check_invariants=False
+    )
+    return _unflat(torch.sparse.mm(e, flat.T).T.contiguous(), x)
+
+
+@linear_float.register_fake
+def _(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@linear_int8.register_fake
+def _(x: Tensor, codes: Tensor, levels: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@embedding.register_fake
+def _(ids: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int) -> Tensor:
+    return scale.new_empty(*ids.shape, columns)
+
+
+@sparse_linear.register_fake
+def _(x: Tensor, row: Tensor, col: Tensor, value: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+# dL/dx = dL/dy @ w_hat: adapters and input gradients work on a packed model; the packed weight itself is not trained.
+def _keep_packed(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, *packed, ctx.bits = inputs
+    ctx.columns = x.shape[-1]
+    ctx.save_for_backward(*packed)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
+    codes, table, scale, zero = ctx.saved_tensors
+    every_row = torch.arange(codes.shape[0], device=codes.device)
+    w_hat = torch.ops.lowbit.embedding(every_row, codes, table, scale, zero, ctx.bits, ctx.columns)
+    return grad @ w_hat.to(grad.dtype), None, None, None, None, None
+
+
+linear_float.register_autograd(_linear_backward, setup_context=_keep_packed)
+
+
+class Int8Levels(NamedTuple):
+    """table ~ base + step * levels: levels (T, L) int8, step and base (T, 1) float32.
+
+    error: largest |difference| in units of the largest |table| value: 0 for integers, powers of two up to 64 and FP4;
+    at most 1/254 otherwise, as for NF4 and k-means.
+    """
+
+    levels: Tensor
+    step: Tensor
+    base: Tensor
+    error: float
+
+
+def int8_levels(table: Tensor) -> Int8Levels:
+    """The level table as int8, exact where the levels are whole multiples of a step over a range of at most 255 steps.
+
+    table: (T, L) float32, finite. Otherwise the step is 1/254 of the range (1/127 of absmax for a symmetric table).
+    base is 0 where the levels allow it; the kernel folds it into the zero. Raises KernelError on NaN or infinity.
+    """
+    if not bool(torch.isfinite(table).all()):
+        raise KernelError("the level table holds NaN or infinity: the artifact is damaged.")
+    rows = [_int8_row(row.double()) for row in table]
+    levels, step, base = (torch.stack(list(column)) for column in zip(*rows))
+    error = (base[:, None] + step[:, None] * levels - table.double()).abs().amax() / table.abs().amax().clamp(min=1e-30)
+    return Int8Levels(levels.to(torch.int8), step[:, None].float(), base[:, None].float(), float(error))
+
+
+def fold_int8(scale: Tensor, zero: Tensor, of: Int8Levels) -> tuple[Tensor, Tensor]:
+    """Scale and zero for the int8 levels: (table - zero) * scale = (levels - (zero - base)/step) * (scale * step)."""
+    if zero.numel() == 0 and not bool(of.base.any()):
+        return scale * of.step, zero
+    return scale * of.step, ((zero if zero.numel() else torch.zeros_like(scale)) - of.base) / of.step
+
+
+def _int8_row(row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One table row (float64) -> levels, step, base."""
+    low, span = row.min(), row.max() - row.min()
+    gaps = row.unique().diff()
+    for divisor in (1, 2, 3, 4):  # the common step is the smallest gap, or a small part of it
+        step = gaps.min() / divisor if gaps.numel() else torch.ones((), dtype=row.dtype)
+        steps = (row - low) / step
+        if bool((steps == steps.round()).all()) and float(span / step) <= 255:
+            first = low / step
+            if bool(first == first.round()) and float(first) >= -128 and float(first + span / step) <= 127:
+                return steps + first, step, torch.zeros_like(step)
+            return steps - 128, step, low + 128 * step
+    base, step = (low + row.max()) / 2, span / 254
+    return ((row - base) / step).round(), step, base
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
+
+
+def _unflat(y: Tensor, x: Tensor) -> Tensor:
+    return y.reshape(*x.shape[:-1], y.shape[-1]).to(x.dtype)
