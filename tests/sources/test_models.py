@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import ModelError
-from lowbit.sources import check_finite, drop, fill, models, open_model
+from lowbit.sources import check_finite, drop, fill, models, new_skeleton, open_model, skeleton
 
 KINDS = list(tiny.CONFIGS)
 IDS = torch.arange(12)[None] * 5 % tiny.VOCAB
@@ -124,6 +124,23 @@ def test_tokenizer_of_a_folder(tmp_path):
         open_model(folder).load_tokenizer()
     tiny.tokenizer().save_pretrained(folder)
     assert open_model(folder).load_tokenizer()("w5 w9")["input_ids"] == [5, 9]
+
+
+def test_a_skeleton_larger_than_any_memory():
+    config = tiny.CONFIGS["llama"]()
+    config.vocab_size = 10**12
+    net = new_skeleton(config)
+    assert sum(p.numel() for p in net.parameters()) > 3e13 and len(list(net.buffers())) > 0
+
+
+def test_parameters_shared_while_building_stay_shared():
+    with skeleton.without_weights():
+        a, b = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        b.weight = a.weight
+        b.scale = torch.nn.Parameter(torch.ones(3))
+        b.register_buffer("table", torch.arange(3))
+    assert b.weight is a.weight and a.weight.is_meta and b.scale.is_meta and not b.table.is_meta
+    assert not torch.nn.Linear(3, 3).weight.is_meta
 
 
 # ------------------------------------------------------------ hub names

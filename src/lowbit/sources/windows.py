@@ -7,8 +7,6 @@ give the starts
     start_i = s + context * place_i,     the places sampled without replacement and kept in text order
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,24 +52,10 @@ def token_ids(text: str, tokenizer: Any) -> Tensor:
     """The text's tokens, (n,) int64, no special tokens added.
 
     Tokenised in one call, as perplexities are usually counted; the tokenizer's complaint about texts longer than the
-    model's context is silenced, since no window will be.
+    model's context is silenced (verbose=False), since no window will be.
     """
-    with _quiet_about_length(tokenizer):
-        ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
-
-
-@contextmanager
-def _quiet_about_length(tokenizer: Any) -> Iterator[None]:
-    limit = getattr(tokenizer, "model_max_length", None)
-    if limit is None:
-        yield
-        return
-    tokenizer.model_max_length = int(1e30)
-    try:
-        yield
-    finally:
-        tokenizer.model_max_length = limit
 
 
 def check_tokenizer(tokenizer: Any, config: Any) -> None:
