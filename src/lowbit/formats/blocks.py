@@ -1,6 +1,6 @@
 """Blocks: which weights of a matrix share one scale.
 
-    tensor (-1,-1)    channel (1,-1)    group (1,g)    tile (r,c)            -1 means "all"
+    tensor (-1,-1)    channel (1,-1)    group (1,g)    tile (r,c)            -1 means "all": "tile4xall"
 
 A weight of more than two dimensions is seen as (out, everything else): a convolution's groups run along in * kh * kw.
 """
@@ -29,16 +29,19 @@ class Blocks:
         """Read "tensor", "channel", "g64" or "tile16x64"."""
         if text in ("tensor", "channel"):
             return cls(-1 if text == "tensor" else 1, -1)
-        if m := re.fullmatch(r"g(\d+)", text):
+        if m := re.fullmatch(r"g([0-9]{1,18})", text):
             return cls(1, int(m[1]))
-        if m := re.fullmatch(r"tile(\d+)x(\d+)", text):
-            return cls(int(m[1]), int(m[2]))
+        if m := re.fullmatch(r"tile([0-9]{1,18}|all)x([0-9]{1,18}|all)", text):
+            rows, cols = (-1 if side == "all" else int(side) for side in m.groups())
+            return cls(rows, cols)
         raise FormatError(f'unknown blocks {text!r}. Use "tensor", "channel", "g64" (groups of 64) or "tile16x64".')
 
     def __str__(self) -> str:
         if self.cols == -1 and self.rows in (-1, 1):
             return "tensor" if self.rows == -1 else "channel"
-        return f"g{self.cols}" if self.rows == 1 else f"tile{self.rows}x{self.cols}"
+        if self.rows == 1:
+            return f"g{self.cols}"
+        return "tile{}x{}".format(*("all" if side == -1 else side for side in (self.rows, self.cols)))
 
     def size(self, out: int, in_: int) -> tuple[int, int]:
         """Rows and columns of one block for a matrix (out, in_). Raises ShapeError where they do not divide."""
@@ -48,7 +51,7 @@ class Blocks:
             fix = f"--group {fits[0]}" if fits else "--group -1 (one group per row)"
             raise ShapeError(f"in_features={in_} is not a multiple of group={c}. Try {fix}, or list the layer in skip.")
         if r > 0 and out % r:
-            raise ShapeError(f"out_features={out} is not a multiple of the tile's {r} rows. Try rows that divide {out}.")
+            raise ShapeError(f"out_features={out} is not a multiple of the tile's {r} rows: use rows that divide it.")
         return r, c
 
     def grid(self, out: int, in_: int) -> tuple[int, int]:
@@ -57,7 +60,7 @@ class Blocks:
         return (out // r if r else 0), (in_ // c if c else 0)
 
     def split(self, w: Tensor) -> Tensor:
-        """(out, in) -> (blocks, rows*cols), blocks in row-major order of the scale matrix."""
+        """(out, in) -> (blocks, rows*cols), blocks in row-major order of the scale matrix. An empty matrix has no blocks."""
         out, in_ = w.shape
         r, c = self.size(out, in_)
         if w.numel() == 0:

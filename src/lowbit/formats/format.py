@@ -11,7 +11,7 @@ A format's string is its name in files and on the command line; `Format.parse(st
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from torch import Tensor
 from lowbit.errors import FormatError, near_names
 from lowbit.formats import scales
 from lowbit.formats.blocks import Blocks
+from lowbit.formats.kmeans import kmeans_table
 from lowbit.formats.levels import ROUNDINGS, LevelSet, levels
-from lowbit.formats.stores import SCALE_DTYPES
+from lowbit.formats.stores import SCALE_DTYPES, double_scale
 
 ZEROS = ("none", "int", "real")
 ALIASES = {
@@ -34,25 +35,34 @@ ALIASES = {
 
 
 class Grid(NamedTuple):
-    """What `fit` found for each block: scale (blocks, 1), zero (blocks, 1) or None, table (blocks, L) or None (k-means)."""
+    """What `fit` found for each block: scale (blocks, 1); zero (blocks, 1) or None; table (blocks, L) or None (k-means)."""
 
     scale: Tensor
     zero: "Tensor | None" = None
     table: "Tensor | None" = None
 
-    def __getitem__(self, at):  # type: ignore[override]
-        """A sub-grid: the same selection of blocks from each member."""
+    def __getitem__(self, at: Any) -> Any:
+        """A sub-grid: the same selection of blocks from each member (a plain int still picks the member)."""
         if isinstance(at, int):
             return tuple.__getitem__(self, at)
-        return Grid(*(None if t is None else t[at] for t in tuple(self)))
+        scale, zero, table = self
+        return Grid(scale[at], None if zero is None else zero[at], None if table is None else table[at])
+
+
+CHANNEL, TENSOR = Blocks(1, -1), Blocks(-1, -1)
+_NO_ZERO_FOUND = ("absmax", "median", "tbt", "twn", "mx")
 
 
 @dataclass(frozen=True)
 class Format:
-    """levels x blocks x scale rule, how scales are stored, the kind of zero, and the rounding."""
+    """levels x blocks x scale rule, how scales are stored, the kind of zero, and the rounding.
+
+    Left empty, `scale_rule` and `zero` follow the levels: absmax, or mean for binary and ternary; an integer zero and
+    minmax for unsigned integers. Raises FormatError for names that are not known and for choices that exclude each other.
+    """
 
     levels: LevelSet
-    blocks: Blocks = Blocks(1, -1)
+    blocks: Blocks = CHANNEL
     scale_rule: str = ""
     scale_dtype: str = "fp16"
     zero: str = ""
@@ -73,21 +83,34 @@ class Format:
         self._check_sense()
 
     def _default_rule(self, of_levels: str) -> str:
-        return "minmax" if self.zero != "none" and of_levels in ("absmax", "mean") else of_levels
+        if self.zero == "none" or (of_levels == "mean" and self.zero == "real"):
+            return of_levels
+        return "minmax" if of_levels in ("absmax", "mean") else of_levels
 
     def _check_sense(self) -> None:
+        name, rule = self.levels.name, self.scale_rule
+        if (self.levels.values == ()) != (rule == "kmeans"):
+            raise FormatError(
+                "k-means levels and the rule 'kmeans' go together: kmeans1 .. kmeans8 need no rule named."
+            )
+        if rule == "kmeans":
+            if self.blocks not in (CHANNEL, TENSOR) or self.zero != "none":
+                raise FormatError(
+                    f"{name}: k-means tables are per row or per tensor, without a zero: channel or tensor."
+                )
+            if self.scale_dtype != "fp16":
+                raise FormatError(
+                    f"{name}: k-means has no scales, and its table is fp16: leave {self.scale_dtype} out."
+                )
+            return
         if self.levels.unsigned and self.zero == "none":
-            raise FormatError(f"{self.levels.name} has no negative level and needs a zero: zint or zreal, or use int{self.levels.bits}.")
-        if self.zero == "int" and not self.levels.is_integer_range:
-            raise FormatError(f"{self.levels.name} levels are not consecutive integers: use zreal, or no zero.")
-        if self.zero == "int" and self.levels.values[0] != 0:
-            raise FormatError(f"{self.levels.name} with an integer zero is uint{self.levels.bits}: use that name.")
-        if self.zero != "none" and self.scale_rule in ("absmax", "mean", "median", "mx"):
-            raise FormatError(f"scale rule {self.scale_rule!r} finds no zero. Use minmax, search or lstsq, or no zero.")
-        if (self.levels.values == ()) != (self.scale_rule == "kmeans"):
-            raise FormatError("k-means levels and the scale rule 'kmeans' go together: kmeans1 .. kmeans8 need no rule named.")
-        if self.levels.values == () and (self.blocks.cols != -1 or self.zero != "none"):
-            raise FormatError("k-means tables are per row or per tensor, without a zero: use blocks channel or tensor.")
+            raise FormatError(f"{name} has no negative level and needs a zero: zint, zreal, or int{self.levels.bits}.")
+        if self.zero == "int" and not self.levels.unsigned:
+            raise FormatError(f"{name} takes no integer zero: use uint{self.levels.bits}, or a real zero (zreal).")
+        if (self.zero != "none" and rule in _NO_ZERO_FOUND) or (self.zero == "int" and rule == "mean"):
+            raise FormatError(
+                f"scale rule {rule!r} finds no {self.zero} zero. Use minmax, search or lstsq, or no zero."
+            )
 
     @classmethod
     def parse(cls, text: str) -> "Format":
@@ -96,21 +119,16 @@ class Format:
         >>> str(Format.parse("uint4-g64"))
         'uint4-g64'
         """
+        if not isinstance(text, str) or len(text) > 100:
+            raise FormatError(f'a format is a short string such as "uint4-g64", not {str(text)[:100]!r}.')
         name, *words = ALIASES.get(text, text).split("-")
-        options: dict[str, str] = {}
-        blocks = Blocks(1, -1)
+        options: dict[str, Any] = {"levels": levels(name)}
         for word in words:
-            if word in SCALE_DTYPES:
-                options["scale_dtype"] = word
-            elif word in scales.RULES:
-                options["scale_rule"] = word
-            elif word in ROUNDINGS:
-                options["rounding"] = word
-            elif word.startswith("z") and word[1:] in ZEROS:
-                options["zero"] = word[1:]
-            else:
-                blocks = _parse_blocks(word, text)
-        return cls(levels(name), blocks, **options)
+            field, value = _parse_word(word, text)
+            if field in options:
+                raise FormatError(f"format {text!r} says {field.replace('_', ' ')} twice: {word!r} is one too many.")
+            options[field] = value
+        return cls(**options)
 
     def __str__(self) -> str:
         plain = Format(self.levels, self.blocks, zero=self.zero)
@@ -121,8 +139,8 @@ class Format:
         words += [self.rounding] if self.rounding != "even" else []
         return "-".join(words)
 
-    def with_(self, **changes) -> "Format":
-        """A copy with some fields changed."""
+    def with_(self, **changes: Any) -> "Format":
+        """A copy with some fields changed; the others stay, a rule that was a default too."""
         return replace(self, **changes)
 
     @property
@@ -135,22 +153,25 @@ class Format:
 def fit(w: Tensor, fmt: Format, importance: "Tensor | None" = None) -> Grid:
     """Scale (and zero or table) of each block, by the format's rule.
 
-    w: (blocks, n) float32, e.g. from `fmt.blocks.split`; importance: same shape, non-negative, or None.
+    w: (blocks, n) float32, e.g. from `fmt.blocks.split`
+    importance: same shape, non-negative, or None. It weighs the errors where a rule has any; a weight of importance 0 is
+        left out by every rule. Blocks whose importance is all 0 count as if it were all 1.
     With scale_dtype "double" pass all blocks of the tensor at once: neighbouring scales share a step.
     """
+    if importance is not None:
+        importance = importance.where((importance > 0).any(1, keepdim=True), torch.ones_like(importance))
     if fmt.scale_rule == "kmeans":
-        from lowbit.formats.kmeans import kmeans_table
-
         table = kmeans_table(w, 2**fmt.levels.bits, importance)
         return Grid(torch.ones(w.shape[0], 1, device=w.device), None, table)
     if w.numel() == 0:
         return Grid(w.new_zeros(w.shape[0], 1), w.new_zeros(w.shape[0], 1) if fmt.zero != "none" else None)
     scale, zero = scales.RULES[fmt.scale_rule](w, fmt, importance)
-    if fmt.scale_dtype == "double":
-        from lowbit.formats.stores import load_scale, store_scale
-
-        scale = load_scale(store_scale(scale, "double"), "double")
-    return Grid(scale, zero)
+    if fmt.scale_dtype != "double":
+        return Grid(scale, zero)
+    stored = double_scale(scale)
+    if fmt.zero == "real" and zero is not None:  # keep the offset -zero * scale where it was found
+        zero = (zero * scale / torch.where(stored > 0, stored, 1.0)).half().float()
+    return Grid(stored, zero)
 
 
 def encode(w: Tensor, grid: Grid, fmt: Format, generator: "torch.Generator | None" = None) -> Tensor:
@@ -171,9 +192,16 @@ def _defaults(level_set: LevelSet) -> dict[str, str]:
     return {"zero": "none", "rule": "mean" if level_set.name in ("binary", "ternary", "int1") else "absmax"}
 
 
-def _parse_blocks(word: str, text: str) -> Blocks:
+def _parse_word(word: str, text: str) -> tuple[str, Any]:
+    """The field of Format that a word sets, and its value."""
+    for field, known in (("scale_dtype", SCALE_DTYPES), ("scale_rule", scales.RULES), ("rounding", ROUNDINGS)):
+        if word in known:
+            return field, word
+    if word.startswith("z") and word[1:] in ZEROS:
+        return "zero", word[1:]
     try:
-        return Blocks.parse(word)
+        return "blocks", Blocks.parse(word)
     except FormatError as e:
-        known = ["tensor", "channel", "g64", "tile16x64", *SCALE_DTYPES, *scales.RULES, *ROUNDINGS, "zint", "zreal", "znone"]
-        raise FormatError(f"format {text!r}: word {word!r} is not understood. {near_names(word, known)}") from e
+        names = ["tensor", "channel", "g64", "tile16x64", *SCALE_DTYPES, *scales.RULES, *ROUNDINGS]
+        names += [f"z{kind}" for kind in ZEROS]
+        raise FormatError(f"format {text!r}: word {word!r} is not understood. {near_names(word, names)}") from e

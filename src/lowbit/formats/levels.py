@@ -2,8 +2,8 @@
 
     w_hat = (values[code] - zero) * scale          code = index into the sorted table
 
-Integers, binary, ternary, powers of two, minifloats E(e)M(m) and NF4 are all such tables (at most 256 entries). A sign-magnitude
-format has two zeros; only one is kept, so its table is one shorter than 2**bits and -0 is never emitted.
+Integers, binary, ternary, powers of two, minifloats E(e)M(m) and NF4 are all such tables (at most 256 entries). A
+sign-magnitude format has two zeros; only one is kept, so its table is one shorter than 2**bits and -0 is never emitted.
 
     name                 values                                                    bits stored
     int1                 -1, 1                                                     1
@@ -16,14 +16,15 @@ format has two zeros; only one is kept, so its table is one shorter than 2**bits
     nf4                  quantiles of the normal distribution                      4
     kmeans1 .. kmeans8   a table that travels with the tensor                      b
 
-Sources: minifloats OCP MX v1.0 (E4M3 is the "fn" kind: maximum 448, no infinity); NF4 Dettmers 2023 (arXiv:2305.14314), construction
-re-computed; powers of two without zero Li 2023 (DenseShift, arXiv:2208.09708), with zero Li 2021 (S3, arXiv:2107.03453).
+Sources: minifloats OCP MX v1.0 (E4M3 is the "fn" kind: maximum 448, no infinity; the codes of NaN and infinity are no
+levels, so larger weights saturate); NF4 Dettmers 2023 (arXiv:2305.14314), its construction is repeated in the tests; powers
+of two without zero Li 2023 (DenseShift, arXiv:2208.09708), with zero Li 2021 (S3, arXiv:2107.03453).
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -31,11 +32,18 @@ from torch import Tensor
 from lowbit.errors import FormatError, near_names
 
 ROUNDINGS = ("even", "half_away", "stochastic")
+# eight positive and seven negative quantiles of the normal distribution and 0, divided by the largest, in float32
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022833424, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 
 @dataclass(frozen=True)
 class LevelSet:
-    """A named, sorted table of at most 256 levels; `values` is empty for k-means (its table is data, not a constant)."""
+    """A named, sorted table of at most 256 levels; `values` is empty for k-means: its table is data, not a constant."""
 
     name: str
     values: tuple[float, ...]
@@ -67,7 +75,7 @@ class LevelSet:
         return torch.tensor(self.values, dtype=torch.float32)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_integer_range(values: tuple[float, ...]) -> bool:
     return bool(values) and all(v == values[0] + i for i, v in enumerate(values)) and values[0] == int(values[0])
 
@@ -82,20 +90,12 @@ def minifloat_values(e: int, m: int, bias: int, n_codes: "int | None" = None) ->
     """
     codes = range(2 ** (e + m) if n_codes is None else n_codes)
     parts = [(code >> m, code & (2**m - 1)) for code in codes]
-    return [frac * 2.0 ** (1 - bias - m) if exp == 0 else (2**m + frac) * 2.0 ** (exp - bias - m) for exp, frac in parts]
+    subnormal, normal = 2.0 ** (1 - bias - m), 2.0 ** (-bias - m)
+    return [frac * subnormal if exp == 0 else (2**m + frac) * 2.0**exp * normal for exp, frac in parts]
 
 
 def _mirror(magnitudes: "list[float]") -> tuple[float, ...]:
-    return tuple(sorted({s * v for v in magnitudes for s in (-1.0, 1.0)} - {-0.0} | ({0.0} if 0.0 in magnitudes else set())))
-
-
-def nf4_values() -> tuple[float, ...]:
-    """NF4: eight positive and seven negative normal quantiles and zero, divided by the largest (offset 0.9677083)."""
-    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
-    pos = normal.icdf(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
-    neg = -normal.icdf(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
-    values = torch.cat([pos, neg, torch.zeros(1, dtype=torch.float64)]) / pos.max()
-    return tuple(float(v) for v in values.sort().values.to(torch.float32))
+    return tuple(sorted({-v for v in magnitudes if v > 0} | set(magnitudes)))
 
 
 def _int(b: int) -> LevelSet:
@@ -122,7 +122,7 @@ _FIXED: dict[str, Callable[[], LevelSet]] = {
     "fp8_e4m3": lambda: LevelSet("fp8_e4m3", _mirror(minifloat_values(4, 3, 7, 127)), 8),
     "fp8_e5m2": lambda: LevelSet("fp8_e5m2", _mirror(minifloat_values(5, 2, 15, 124)), 8),
     "mxint8": lambda: LevelSet("mxint8", tuple(c / 64 for c in range(-127, 128)), 8),
-    "nf4": lambda: LevelSet("nf4", nf4_values(), 4),
+    "nf4": lambda: LevelSet("nf4", NF4, 4),
 }
 LEVEL_SET_NAMES = tuple(
     [f"{kind}{b}" for kind in ("int", "uint", "kmeans") for b in range(1, 9)]
@@ -131,7 +131,7 @@ LEVEL_SET_NAMES = tuple(
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def levels(name: str) -> LevelSet:
     """The level set called `name` (see the table above). Raises FormatError with the nearest names.
 
@@ -148,12 +148,23 @@ def levels(name: str) -> LevelSet:
     raise FormatError(f"unknown level set {name!r}. {near_names(name, LEVEL_SET_NAMES)}")
 
 
+def thresholds(table: Tensor, rounding: str = "even") -> Tensor:
+    """(..., L-1) float32: x takes level i where thresholds[i-1] < x <= thresholds[i].
+
+    The middles of neighbours; where the tie goes up, the largest number below the middle (for a middle of 0 the smallest
+    normal one, which survives flushing of subnormals).
+    """
+    mids = ((table[..., 1:].double() + table[..., :-1].double()) / 2).float()
+    below = torch.nextafter(mids, torch.full_like(mids, -torch.inf))
+    below = torch.where(mids == 0, -torch.finfo(mids.dtype).tiny, below)
+    return torch.where(_goes_up(table) if rounding == "even" else mids >= 0, below, mids)
+
+
 def _goes_up(table: Tensor) -> Tensor:
-    """(..., L-1) bool: does the tie between level i and i+1 go up? An even number of steps from zero wins; without a zero, away from it."""
-    n = table.shape[-1]
-    zero_at = (table == 0).to(torch.int64).argmax(-1, keepdim=True)
+    """Whether the tie between levels i and i+1 goes up: to an even number of steps from 0; away from 0 where it is no level."""
+    zero_at = (table == 0).to(torch.uint8).argmax(-1, keepdim=True)
     has_zero = (table == 0).any(-1, keepdim=True)
-    upper_is_even = (torch.arange(1, n, device=table.device) - zero_at) % 2 == 0
+    upper_is_even = (torch.arange(1, table.shape[-1], device=table.device) - zero_at) % 2 == 0
     return torch.where(has_zero, upper_is_even, (table[..., 1:] + table[..., :-1]) >= 0)
 
 
@@ -164,27 +175,20 @@ def nearest(x: Tensor, table: Tensor, rounding: str = "even", generator: "torch.
     table:   (L,) sorted, or (..., L) one sorted table per row of x
     returns: (..., n) uint8
 
-    Ties: "even" takes the level an even number of steps from the level 0 (round half to even for integers and minifloats; away from
-    zero where 0 is no level, so sign(0) = +1); "half_away" the level farther from 0; "stochastic" draws the upper neighbour with
-    probability (x - lower) / (upper - lower), seeded by `generator`.
+    Ties: "even" takes the level an even number of steps from the level 0 (half to even for integers and minifloats; away
+    from zero where 0 is no level, so sign(0) = +1); "half_away" the level farther from 0; "stochastic" draws the upper
+    neighbour with probability (x - lower) / (upper - lower), seeded by `generator`. Beyond the ends: the end.
     """
-    if table.shape[-1] == 1:
-        return torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
     if table.ndim > 1:
-        table = table.expand(*x.shape[:-1], table.shape[-1]).contiguous()
+        table = table.expand(*x.shape[:-1], table.shape[-1])
     if rounding == "stochastic":
-        return _stochastic(x, table, generator)
-    mids = (table[..., 1:].double() + table[..., :-1].double()).div(2).to(x.dtype)
-    low = torch.searchsorted(mids, x.contiguous())  # mids[low-1] < x <= mids[low]
-    up = _goes_up(table) if rounding == "even" else (mids >= 0)
-    at = low.clamp(max=mids.shape[-1] - 1)
-    mid, up = (mids[at], up[at]) if table.ndim == 1 else (mids.gather(-1, at), up.gather(-1, at))
-    return (low + ((x == mid) & up)).to(torch.uint8)
+        return _stochastic(x, table.contiguous(), generator)
+    return torch.searchsorted(thresholds(table, rounding), x.contiguous(), out_int32=True).to(torch.uint8)
 
 
 def _stochastic(x: Tensor, table: Tensor, generator: "torch.Generator | None") -> Tensor:
     low = torch.searchsorted(table, x.contiguous(), right=True).sub(1).clamp(0, table.shape[-1] - 2)
-    lower, upper = (table[low], table[low + 1]) if table.ndim == 1 else (table.gather(-1, low), table.gather(-1, low + 1))
+    lower, upper = ((table[i] if table.ndim == 1 else table.gather(-1, i)) for i in (low, low + 1))
     draw = torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     gap = torch.where(upper > lower, upper - lower, torch.ones_like(upper))
     return (low + (draw < (x - lower) / gap)).to(torch.uint8)
@@ -197,4 +201,5 @@ def round_integers(x: Tensor, rounding: str = "even", generator: "torch.Generato
     if rounding == "half_away":
         whole = x.trunc()
         return whole + x.sign() * ((x - whole).abs() >= 0.5)
-    return (x + torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype)).floor()
+    low = x.floor()  # not floor(x + draw): the sum rounds, and a whole number could move
+    return low + (torch.rand(x.shape, generator=generator, device=x.device, dtype=x.dtype) < x - low)

@@ -1,11 +1,17 @@
 """How scales are kept: fp32, fp16, bf16, E8M0 (a power of two in one byte), or themselves quantized ("double").
 
-    round(scale)         the value the file will give back; codes are always chosen for this value
-    store(scale)         the tensors written          load(tensors, shape) -> scale, float32
+    round_scale(scale)     the value the file will give back; codes are always chosen for this value
+    store_scale(scale)     the tensors written             load_scale(tensors) -> scale, float32
 
-Double quantization: offset = mean(scale); 256 neighbouring scales (row-major) share absmax/127; codes are int8. With groups of 64 this
-costs 8/64 + 32/16384 = 0.127 bits a weight. Sources: Dettmers 2023 (arXiv:2305.14314) for the idea (its codes are an 8-bit float, ours int8);
-OCP MX v1.0 for E8M0 (byte e means 2**(e-127), 255 is NaN and never written, 0 stands for a scale of 0).
+Storing is idempotent: what was loaded is stored as the same bytes.
+
+E8M0: byte e means 2**(e - 127), 0 .. 254; there is no zero, so a scale of 0 becomes 2**-127 (a float32 subnormal), and 255 (NaN) is never
+written. Source: OCP MX v1.0.
+
+Double: 256 neighbouring scales (row-major) share step = max / 255; codes are uint8, scale = code * step, and a positive scale keeps a code of
+at least 1. With groups of 64 this costs 8/64 + 32/16384 = 0.127 bits a weight. Source: Dettmers 2023 (arXiv:2305.14314) for the idea;
+there the codes are an 8-bit float around the mean. Scales are positive, so unsigned codes need no offset: a zero scale stays zero, and with
+the step held to 16 significant bits every product and quotient below is exact, which makes storing idempotent.
 """
 
 import torch
@@ -16,17 +22,20 @@ from lowbit.errors import FormatError
 SCALE_DTYPES = ("fp32", "fp16", "bf16", "e8m0", "double")
 _TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DOUBLE_BLOCK = 256
+_E8M0_VALUES = [2.0 ** (code - 127) for code in range(255)] + [float("nan")]
 
 
-def round_scale(scale: Tensor, dtype: str) -> Tensor:
+def round_scale(scale: Tensor, dtype: str, up: bool = False) -> Tensor:
     """The float32 value that `dtype` stores for each scale; a positive scale never becomes 0 or infinite.
 
-    Raises FormatError where fp16 cannot hold the scale.
+    up: for E8M0 the next power of two, so that nothing clips; otherwise the nearest in the logarithm.
+    "double" is left as it is: it needs all scales of the tensor at once, which `double_scale` gets.
+    Raises FormatError where `dtype` cannot hold a scale so large.
     """
-    if dtype == "double":  # needs all scales of the tensor at once: `store_scale` decides
+    if dtype == "double":
         return scale.float()
     if dtype == "e8m0":
-        return _e8m0_value(_e8m0_code(scale))
+        return _e8m0_value(_e8m0_code(scale, up))
     kind = torch.finfo(_TORCH[dtype])
     if scale.numel() and float(scale.max()) > kind.max:
         raise FormatError(f"a scale of {float(scale.max()):.3g} does not fit {dtype}. Use scale_dtype bf16 or fp32.")
@@ -34,18 +43,28 @@ def round_scale(scale: Tensor, dtype: str) -> Tensor:
     return torch.maximum(scale, smallest).to(_TORCH[dtype]).float()
 
 
+def power_of_two(exponent: Tensor) -> Tensor:
+    """2**exponent as float32, exponents clamped to E8M0's -127 .. 127."""
+    return _e8m0_value((exponent + 127).clamp(0, 254))
+
+
+def double_scale(scale: Tensor) -> Tensor:
+    """The float32 values that "double" stores for all scales of one tensor, in row-major order."""
+    return load_scale(store_scale(scale, "double"), "double")
+
+
 def store_scale(scale: Tensor, dtype: str) -> dict[str, Tensor]:
-    """The tensors a scale matrix becomes: {"scale": ...}, and for "double" also "scale_step" and "scale_offset"."""
+    """The tensors a scale matrix becomes: {"scale": ...}, and for "double" also "scale_step"."""
     if dtype == "e8m0":
         return {"scale": _e8m0_code(scale)}
     if dtype != "double":
         return {"scale": scale.to(_TORCH[dtype])}
     flat = scale.reshape(-1).float()
-    offset = flat.mean().reshape(1) if flat.numel() else torch.zeros(1)
-    blocks = torch.nn.functional.pad(flat - offset, (0, -flat.numel() % _DOUBLE_BLOCK)).reshape(-1, _DOUBLE_BLOCK)
-    step = blocks.abs().amax(1) / 127
-    codes = (blocks / step.clamp(min=1e-30)[:, None]).round().clamp(-127, 127).to(torch.int8)
-    return {"scale": codes.reshape(-1)[: flat.numel()].reshape(scale.shape), "scale_step": step, "scale_offset": offset}
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % _DOUBLE_BLOCK)).reshape(-1, _DOUBLE_BLOCK)
+    step = _sixteen_bits(blocks.amax(1) / 255) if flat.numel() else flat
+    codes = (blocks / torch.where(step > 0, step, torch.ones_like(step))[:, None]).round().clamp(max=255)
+    codes = torch.maximum(codes, (blocks > 0).float()).to(torch.uint8)
+    return {"scale": codes.reshape(-1)[: flat.numel()].reshape(scale.shape), "scale_step": step}
 
 
 def load_scale(tensors: dict[str, Tensor], dtype: str) -> Tensor:
@@ -55,9 +74,8 @@ def load_scale(tensors: dict[str, Tensor], dtype: str) -> Tensor:
         return _e8m0_value(stored)
     if dtype != "double":
         return stored.float()
-    flat = stored.reshape(-1).float()
-    step = tensors["scale_step"].repeat_interleave(_DOUBLE_BLOCK)[: flat.numel()]
-    return (flat * step + tensors["scale_offset"]).clamp(min=0).reshape(stored.shape)
+    step = tensors["scale_step"].repeat_interleave(_DOUBLE_BLOCK)[: stored.numel()]
+    return stored.float() * step.reshape(stored.shape)
 
 
 def scale_specs(shape: tuple[int, int], dtype: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -67,20 +85,21 @@ def scale_specs(shape: tuple[int, int], dtype: str) -> dict[str, tuple[tuple[int
     if dtype == "e8m0":
         return {"scale": (shape, torch.uint8)}
     n_steps = -(-shape[0] * shape[1] // _DOUBLE_BLOCK)
-    return {
-        "scale": (shape, torch.int8),
-        "scale_step": ((n_steps,), torch.float32),
-        "scale_offset": ((1,), torch.float32),
-    }
+    return {"scale": (shape, torch.uint8), "scale_step": ((n_steps,), torch.float32)}
 
 
-def _e8m0_code(scale: Tensor) -> Tensor:
-    """Nearest power of two (in the logarithm, ties up); frexp, since log2 is wrong just below a power of two."""
+def _sixteen_bits(x: Tensor) -> Tensor:
+    """x >= 0 with its significand rounded up to 16 bits (so that x / 255 codes never exceed 255); at least 2**-100, but 0 stays."""
+    bits = torch.where(x > 0, x.clamp(min=2.0**-100), x).contiguous().view(torch.int32)
+    return ((bits + 0xFF) & ~0xFF).view(torch.float32)
+
+
+def _e8m0_code(scale: Tensor, up: bool = False) -> Tensor:
+    """Nearest power of two (in the logarithm, ties up) or the next one; frexp, since log2 is wrong just below a power of two."""
     mantissa, exponent = torch.frexp(scale.float())  # scale = mantissa * 2**exponent, mantissa in [0.5, 1)
-    power = exponent - 1 + (mantissa >= 2**-0.5)
-    return torch.where(scale > 0, (power + 127).clamp(1, 254), torch.zeros_like(power)).to(torch.uint8)
+    power = exponent - 1 + (mantissa > 0.5 if up else mantissa >= 2**-0.5)
+    return torch.where(scale > 0, (power + 127).clamp(0, 254), torch.zeros_like(power)).to(torch.uint8)
 
 
 def _e8m0_value(code: Tensor) -> Tensor:
-    value = torch.ldexp(torch.ones(code.shape, device=code.device), code.to(torch.int32) - 127)
-    return torch.where(code > 0, value, torch.zeros_like(value))
+    return torch.tensor(_E8M0_VALUES, dtype=torch.float32, device=code.device)[code.long()]

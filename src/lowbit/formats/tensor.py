@@ -2,9 +2,9 @@
 
     w_hat = dense part everywhere, except where a later part's mask says "mine"
 
-The first part covers the whole matrix. Every further part (exceptions: outliers, salient weights) has a mask, stored by a mask codec,
-and values at the masked places in row-major order: codes with scales per tensor or per row, or plain fp16/bf16/fp32 numbers.
-`tensors()` is exactly what a file holds, so `nbytes` and `bits_per_weight` are counted, not estimated.
+The first part covers the whole matrix. Every further part (exceptions: outliers, salient weights) has a mask, stored by
+a mask codec, and values at the masked places in row-major order: codes with scales per tensor or per row, or plain fp16,
+bf16 or fp32 numbers. `tensors()` is exactly what a file holds, so `nbytes` and `bits_per_weight` are counted, not estimated.
 """
 
 from dataclasses import dataclass, field
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError, ShapeError
-from lowbit.formats.blocks import Blocks
-from lowbit.formats.format import Format, Grid, decode, encode, fit
+from lowbit.formats.format import CHANNEL, TENSOR, Format, Grid, decode, encode, fit
 from lowbit.formats.masks import decode_mask, mask_specs
 from lowbit.formats.packing import pack, packed_bytes, unpack
 from lowbit.formats.stores import load_scale, scale_specs, store_scale
@@ -34,7 +33,7 @@ class Part:
     mask: "dict[str, Any] | None" = None
 
     def meta(self) -> dict[str, Any]:
-        return {"format": str(self.format)} | ({"mask": self.mask} if self.mask else {})
+        return {"format": str(self.format)} | ({} if self.mask is None else {"mask": self.mask})
 
 
 @dataclass(frozen=True)
@@ -78,30 +77,31 @@ class QuantizedTensor:
         return {"shape": list(self.shape), "parts": [p.meta() for p in self.parts]}
 
     @classmethod
-    def from_codes(cls, codes: Tensor, grid: Grid, fmt: Format, shape: "tuple[int, ...] | None" = None) -> "QuantizedTensor":
-        """From codes (out, in) uint8 and the grid of its blocks in row-major order (as `fit(fmt.blocks.split(w), fmt)` gives)."""
-        shape = tuple(shape or codes.shape)
-        rows_cols = fmt.blocks.grid(*codes.shape)
-        tensors = {"codes": pack(codes.contiguous(), fmt.levels.bits, fmt.levels.packing)}
-        if grid.table is not None:
-            return cls(shape, (Part(fmt, tensors | {"table": grid.table.half()}),))
-        tensors |= store_scale(grid.scale.reshape(rows_cols), fmt.scale_dtype)
-        if grid.zero is not None:
-            zero = grid.zero.reshape(rows_cols)
-            tensors["zero"] = pack(zero.to(torch.uint8), fmt.levels.bits) if fmt.zero == "int" else zero.half()
-        return cls(shape, (Part(fmt, tensors),))
+    def from_codes(
+        cls, codes: Tensor, grid: Grid, fmt: Format, shape: "tuple[int, ...] | None" = None
+    ) -> "QuantizedTensor":
+        """From codes (out, in) uint8 and the grid of its blocks in row-major order, as `fit(fmt.blocks.split(w), fmt)` gives.
+
+        The grid's scales are rounded to how they are stored: choose codes for `fit`'s, which already are.
+        """
+        packed = pack(codes.contiguous(), fmt.levels.bits, fmt.levels.packing)
+        tensors = {"codes": packed} | stored_grid(grid, fmt, fmt.blocks.grid(*codes.shape))
+        return cls(tuple(shape or codes.shape), (Part(fmt, tensors),))
 
     @classmethod
     def from_tensors(cls, meta: dict[str, Any], tensors: dict[str, Tensor]) -> "QuantizedTensor":
-        """Rebuild from a file. Believes nothing: raises FormatError on a missing, superfluous, misshapen or impossible tensor."""
-        shape = tuple(int(s) for s in meta["shape"])
+        """Rebuild from a file. Believes nothing: FormatError (or ShapeError) on a missing, superfluous, misshapen or impossible
+        tensor, or on a description that `meta` could not have written.
+        """
         specs = tensor_specs(meta)
         if set(specs) != set(tensors):
             raise FormatError(f"tensors {sorted(tensors)} do not match the format, which needs {sorted(specs)}.")
         for key, (want, dtype) in specs.items():
-            if tuple(tensors[key].shape) != want or tensors[key].dtype != dtype:
-                found = f"{tuple(tensors[key].shape)} {tensors[key].dtype}"
+            t = tensors[key]
+            if not isinstance(t, Tensor) or tuple(t.shape) != want or t.dtype != dtype:
+                found = f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
                 raise FormatError(f"tensor {key!r} is {found}, the format needs {want} {dtype}.")
+        shape = tuple(meta["shape"])
         parts = tuple(
             Part(_parse_part(p["format"]), {k: tensors[part_key(i, k)] for k in _part_specs(p, shape)}, p.get("mask"))
             for i, p in enumerate(meta["parts"])
@@ -111,25 +111,42 @@ class QuantizedTensor:
         return result
 
     def check(self) -> None:
-        """Raise FormatError where a stored number cannot be: a code past the last level, a scale that is negative, NaN or infinite."""
+        """Raise FormatError where a stored number cannot be: a code past the last level, a negative or infinite scale, a
+        damaged mask, parts that overlap.
+        """
+        owned = None
         for i, part in enumerate(self.parts):
             for key, t in part.tensors.items():
                 if t.is_floating_point() and not bool(torch.isfinite(t).all()):
                     raise FormatError(f"tensor {part_key(i, key)!r} holds NaN or infinity.")
             if isinstance(part.format, Format):
-                if "scale" in part.tensors and bool((load_scale(part.tensors, part.format.scale_dtype) < 0).any()):
-                    raise FormatError(f"tensor {part_key(i, 'scale')!r} holds a negative scale.")
-                codes, n_levels = self.part_codes(i), len(part.format.levels.values)
-                if n_levels and codes.numel() and int(codes.max()) >= n_levels:
-                    raise FormatError(f"tensor {part_key(i, 'codes')!r} holds code {int(codes.max())} of {n_levels} levels.")
+                self._check_numbers(i, part.format)
+            if part.mask is not None:
+                mask = self.mask(i)
+                if owned is not None and bool((owned & mask).any()):
+                    raise FormatError(f"part {i} overlaps an earlier part.")
+                owned = mask if owned is None else owned | mask
+
+    def _check_numbers(self, i: int, fmt: Format) -> None:
+        part, n_levels = self.parts[i], len(fmt.levels.values)
+        if "scale" in part.tensors:
+            scale = load_scale(part.tensors, fmt.scale_dtype)
+            if not bool(((scale >= 0) & (scale < torch.inf)).all()):
+                raise FormatError(f"tensor {part_key(i, 'scale')!r} holds a negative, infinite or NaN scale.")
+        if 0 < n_levels < 2**fmt.levels.bits:  # else every code is a level
+            codes = self.part_codes(i)
+            if codes.numel() and int(codes.max()) >= n_levels:
+                raise FormatError(
+                    f"tensor {part_key(i, 'codes')!r} holds code {int(codes.max())} of {n_levels} levels."
+                )
 
     def part_codes(self, i: int = 0) -> Tensor:
         """Unpacked codes of part i: (out, in) for the dense part, (count,) for exceptions."""
         part = self.parts[i]
         assert isinstance(part.format, Format)
-        n = part.mask["count"] if part.mask else self.numel
+        n = self.numel if part.mask is None else part.mask["count"]
         codes = unpack(part.tensors["codes"], part.format.levels.bits, n, part.format.levels.packing)
-        return codes if part.mask else codes.reshape(self.matrix_shape)
+        return codes if part.mask is not None else codes.reshape(self.matrix_shape)
 
     def grid(self, i: int = 0) -> Grid:
         """Scale, zero and table of part i, one row per block, as float32."""
@@ -150,7 +167,8 @@ class QuantizedTensor:
         """(out, in) bool: the places part i (i >= 1) owns."""
         part = self.parts[i]
         assert part.mask is not None
-        return decode_mask(part.mask, {k: t for k, t in part.tensors.items() if k.startswith("mask")}, self.matrix_shape)
+        tensors = {k: t for k, t in part.tensors.items() if k.startswith("mask")}
+        return decode_mask(part.mask, tensors, self.matrix_shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight, in its own shape."""
@@ -168,9 +186,10 @@ class QuantizedTensor:
         part = self.parts[i]
         if isinstance(part.format, str):
             return part.tensors["values"].float()
-        grid = self.grid(i)
-        row = mask.nonzero()[:, 0] if part.format.blocks.rows == 1 else torch.zeros(part.mask["count"], dtype=torch.int64)  # type: ignore[index]
-        return decode(self.part_codes(i).reshape(-1, 1), grid[row], part.format).reshape(-1)
+        grid, codes = self.grid(i), self.part_codes(i)
+        row = mask.nonzero()[:, 0] if part.format.blocks.rows == 1 else torch.zeros_like(codes, dtype=torch.int64)
+        of_each: Grid = grid[row]
+        return decode(codes.reshape(-1, 1), of_each, part.format).reshape(-1)
 
 
 def quantize(
@@ -178,23 +197,59 @@ def quantize(
 ) -> QuantizedTensor:
     """Round-to-nearest of a float tensor.
 
-    w: (out, ...) any float dtype; importance: same shape, weighs the errors of searched scales; generator: for stochastic rounding.
-    Raises FormatError on NaN or infinity, ShapeError where blocks do not divide. Cost: a pass over w (80 with a searched scale).
+    w: (out, ...) any float dtype; generator: for stochastic rounding
+    importance: same shape, non-negative: weighs the errors of searched scales; every rule leaves out weights of importance 0
+
+    Raises FormatError on NaN or infinity, ShapeError where blocks do not divide. Cost: a pass over w; 80 with a searched scale.
     """
-    if not bool(torch.isfinite(w).all()):
-        raise FormatError("the weight holds NaN or infinity and cannot be quantized: repair the model first.")
-    matrix = w.detach().float().reshape(matrix_shape(tuple(w.shape)))
+    matrix = float_matrix(w)
     blocks = fmt.blocks.split(matrix)
-    weights = None if importance is None else fmt.blocks.split(importance.float().reshape(matrix.shape))
+    weights = None if importance is None else fmt.blocks.split(importance_matrix(importance, w))
     grid = fit(blocks, fmt, weights)
     codes = fmt.blocks.merge(encode(blocks, grid, fmt, generator), *matrix.shape)
     return QuantizedTensor.from_codes(codes, grid, fmt, tuple(w.shape))
 
 
+def float_matrix(w: Tensor) -> Tensor:
+    """w as (out, in) float32. Raises FormatError where it is not finite there."""
+    matrix = w.detach().reshape(matrix_shape(tuple(w.shape))).float()
+    if not bool(torch.isfinite(matrix).all()):
+        n_bad = int((~torch.isfinite(matrix)).sum())
+        raise FormatError(
+            f"{n_bad} of {w.numel()} weights are NaN or infinite and cannot be quantized: repair the model first."
+        )
+    return matrix
+
+
+def importance_matrix(importance: Tensor, w: Tensor) -> Tensor:
+    """The importance of w's weights as (out, in) float32. Raises ShapeError, or FormatError where one is negative or not finite."""
+    if importance.shape != w.shape:
+        raise ShapeError(f"importance is {tuple(importance.shape)}, needed one per weight, {tuple(w.shape)}.")
+    matrix = importance.detach().reshape(matrix_shape(tuple(w.shape))).float()
+    if not bool(((matrix >= 0) & (matrix < torch.inf)).all()):
+        raise FormatError(
+            "importance holds a negative, infinite or NaN entry: squared gradients or input norms are none of these."
+        )
+    return matrix
+
+
+def stored_grid(grid: Grid, fmt: Format, rows_cols: tuple[int, int]) -> dict[str, Tensor]:
+    """The tensors of a grid: "table", or "scale" (and what its store adds) and "zero"."""
+    if grid.table is not None:
+        return {"table": grid.table.half()}
+    tensors = store_scale(grid.scale.reshape(rows_cols), fmt.scale_dtype)
+    if grid.zero is not None:
+        zero = grid.zero.reshape(rows_cols)
+        tensors["zero"] = pack(zero.to(torch.uint8), fmt.levels.bits) if fmt.zero == "int" else zero.half()
+    return tensors
+
+
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     """(out, everything else). Raises ShapeError for scalars and vectors."""
     if len(shape) < 2:
-        raise ShapeError(f"a tensor of shape {tuple(shape)} has no rows of weights; only matrices and kernels are quantized.")
+        raise ShapeError(
+            f"a tensor of shape {tuple(shape)} has no rows of weights; only matrices and kernels are quantized."
+        )
     return shape[0], prod(shape[1:])
 
 
@@ -206,13 +261,18 @@ def part_key(i: int, key: str) -> str:
 def tensor_specs(meta: dict[str, Any]) -> Specs:
     """Name -> (shape, dtype) of every tensor a meta dict implies, without reading one. Raises FormatError on a bad meta."""
     try:
-        shape = tuple(int(s) for s in meta["shape"])
-        parts = list(meta["parts"])
-        if any(s < 0 for s in shape) or prod(shape) > 2**40 or not parts or parts[0].get("mask"):
-            raise FormatError(f"impossible shape {shape} or parts.")
+        shape, parts = tuple(meta["shape"]), list(meta["parts"])
+        if set(meta) != {"shape", "parts"} or any(set(p) - {"format", "mask"} for p in parts):
+            raise FormatError(f"a tensor's description has unknown fields: {sorted(meta)}.")
+        if any(type(s) is not int or s < 0 for s in shape) or prod(max(s, 1) for s in shape) > 2**40:
+            raise FormatError(f"impossible shape {shape}.")
+        if [p.get("mask") is None for p in parts] != [i == 0 for i in range(len(parts))] or parts[0][
+            "format"
+        ] in RAW_DTYPES:
+            raise FormatError("the first part is dense and coded, every further one has a mask; these are not.")
         return {part_key(i, k): s for i, p in enumerate(parts) for k, s in _part_specs(p, shape).items()}
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise e if isinstance(e, (FormatError, ShapeError)) else FormatError(f"a tensor's description is damaged: {e!r}") from e
+    except (KeyError, IndexError, TypeError, AttributeError) as e:
+        raise FormatError(f"a tensor's description is damaged: {e!r}") from e
 
 
 def _parse_part(text: str) -> "Format | str":
@@ -222,18 +282,16 @@ def _parse_part(text: str) -> "Format | str":
 def _part_specs(part: dict[str, Any], shape: tuple[int, ...]) -> Specs:
     out, in_ = matrix_shape(shape)
     mask, fmt = part.get("mask"), _parse_part(part["format"])
-    specs: Specs = dict(mask_specs(mask, (out, in_))) if mask else {}
-    n = int(mask["count"]) if mask else out * in_
-    if not 0 <= n <= out * in_:
-        raise FormatError(f"a part claims {n} of {out * in_} weights.")
+    specs: Specs = {} if mask is None else dict(mask_specs(mask, (out, in_)))
+    n = out * in_ if mask is None else mask["count"]
     if isinstance(fmt, str):
         return specs | {"values": ((n,), RAW_DTYPES[fmt])}
     specs["codes"] = ((packed_bytes(n, fmt.levels.bits, fmt.levels.packing),), torch.uint8)
-    grid = fmt.blocks.grid(out, in_)
-    if mask and fmt.blocks not in (Blocks(1, -1), Blocks(-1, -1)):
+    if mask is not None and fmt.blocks not in (CHANNEL, TENSOR):
         raise FormatError("exceptions share scales per row or per tensor: use blocks channel or tensor.")
+    grid = fmt.blocks.grid(out, in_)
     if not fmt.levels.values:
-        return specs | {"table": ((grid[0], 2**fmt.levels.bits), torch.float16)}
+        return specs | {"table": ((grid[0] * grid[1], 2**fmt.levels.bits), torch.float16)}
     specs |= scale_specs(grid, fmt.scale_dtype)
     if fmt.zero == "int":
         specs["zero"] = ((packed_bytes(grid[0] * grid[1], fmt.levels.bits),), torch.uint8)
