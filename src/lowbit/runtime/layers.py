@@ -4,8 +4,8 @@
 
 The buffers are exactly the tensors an artifact stores (`QuantizedTensor.tensors()`), so a state dict *is* the packed
 layer. What the kernel wants (rows starting on bytes, float32 scales of shape (N, G), one table) is derived at first use
-and kept beside them, never saved; loading or moving the buffers throws it away. On other devices than the CPU the weight
-is decoded for each call and multiplied there.
+and kept beside them, never saved; loading or moving the buffers throws it away. On devices other than the CPU the
+weight is decoded for each call and multiplied there.
 
     layer = PackedLinear.from_quantized(quantize(w, Format.parse("uint4-g64")), bias)
     layer = PackedLinear(meta, bias=True, device="meta")          # empty: a loader fills the buffers
@@ -29,7 +29,7 @@ ACTIVATIONS = ("float", "int8")
 
 
 class KernelWeight(NamedTuple):
-    """Arguments of `ops`: codes (N, row_bytes), table or int8 levels (1 or N, 2**bits), scale (N, G), zero so or (0, 0)."""
+    """Arguments of `ops`: codes (N, row_bytes), table or int8 levels (1 or N, 2**bits), scale and zero (N, G)."""
 
     codes: Tensor
     table: Tensor
@@ -206,7 +206,7 @@ class _Packed(nn.Module):
 
     def extra_repr(self) -> str:
         parts = " + ".join(p["format"] for p in self.meta["parts"])
-        stored = sum(self._buffers[k].nbytes for k in self._packed)  # type: ignore[union-attr]
+        stored = sum(getattr(self, key).nbytes for key in self._packed)
         bits = 8 * stored / max(prod(self.shape), 1)
         bias = "" if not hasattr(self, "bias") else f", bias={self.bias is not None}"
         return f"{self._sizes()}{bias}, format={parts}, bits_per_weight={bits:.3f}, activations={self.activations}"
