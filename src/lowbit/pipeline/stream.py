@@ -1,0 +1,378 @@
+"""The walk: embeddings, then block after block (read, statistics, solve, pack, forget), then the output head.
+
+Only one block's float weights, the hidden states of all windows and one solver's work are in memory at a time. Every finished piece goes to a
+store, so that a killed run goes on from the last finished block and ends with the same bytes.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import LowbitError, ModelError, ShapeError
+from lowbit.formats import Format, QuantizedTensor, encode, fit
+from lowbit.pipeline.blocks import block_calls, find_blocks, input_groups, layer_matrix, layer_type, linear_layers, run_block
+from lowbit.pipeline.checkpoint import Entries, Store
+from lowbit.pipeline.embeddings import quantize_rows
+from lowbit.pipeline.fold import find_producer, fold
+from lowbit.pipeline.forwards import SequentialForwards
+from lowbit.pipeline.memory import Plan, Sizes, make_plan
+from lowbit.recipe import Recipe
+from lowbit.solvers import Solution
+from lowbit.sources import ModelSource, check_finite, drop, set_tensor
+from lowbit.statistics import GramAccumulator, LayerStatistics, output_energy, output_error
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Walk:
+    """One compression. windows: (n, context) token ids, or None for methods that need no data (errors are then of the weights)."""
+
+    source: ModelSource
+    recipe: Recipe
+    store: Store
+    windows: "Tensor | None"
+    progress: Progress = lambda event: None
+    model: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = self.source.new_skeleton()
+        if hasattr(self.model, "config"):
+            self.model.config.use_cache = False
+        self.prefix, self.blocks = find_blocks(self.model)
+        self.names = self.source.keys()
+        self.calls: list[tuple[tuple, dict[str, Any]]] = []
+        self.producers: dict[tuple[str, ...], "str | None"] = {}
+        self.check_shapes()
+
+    # -- before anything runs
+
+    def check_shapes(self) -> None:
+        """Every layer's format must fit its shape; said before any work is done."""
+        for i, block in enumerate(self.blocks):
+            for name, layer in linear_layers(block).items():
+                full, fmt = f"{self.prefix}.{i}.{name}", self.recipe.format_for(f"{self.prefix}.{i}.{name}")
+                if fmt is not None:
+                    _fits(full, fmt, tuple(layer_matrix(layer).shape))
+
+    def plan(self, start_bytes: int, ceiling: "int | None" = None) -> Plan:
+        """The estimate of memory and time. Raises MemoryPlanError when it exceeds the ceiling."""
+        shapes = [tuple(layer_matrix(m).shape) for m in linear_layers(self.blocks[0]).values()]
+        by_input: dict[int, int] = {}
+        for out, in_ in shapes:
+            by_input[in_] = by_input.get(in_, 0) + out * in_
+        embedding, head = self._embedding(), self._head()
+        sizes = Sizes(
+            start_bytes=start_bytes,
+            outside=sum(p.numel() for n, p in self.model.named_parameters() if not self._in_blocks(n)),
+            head=0 if head is None else layer_matrix(self.model.get_submodule(head)).numel(),
+            block=sum(p.numel() for p in self.blocks[0].parameters()),
+            width=0 if embedding is None else layer_matrix(self.model.get_submodule(embedding)).shape[1],
+            widest_input=max(in_ for _, in_ in shapes),
+            widest_group=max(by_input.values()),
+            tokens=0 if self.windows is None else self.windows.numel(),
+            blocks=len(self.blocks),
+            gram=sum(in_**2 for _, in_ in shapes),
+        )
+        return make_plan(sizes, ceiling, 1 if self.windows is None else len(self.windows))
+
+    # -- the run
+
+    @torch.no_grad()
+    def run(self, recompute: bool = False) -> list[str]:
+        """Do what the store does not hold yet. Returns the names of all pieces, in order."""
+        newest = self.store.newest_hidden()
+        start, hidden = newest if newest is not None else (0, [])
+        done = self._finished_blocks()
+        if self.windows is None or start > done:
+            start = done
+        if start:
+            self.progress({"event": "resume", "block": start, "blocks": len(self.blocks)})
+        hidden = self._opening(hidden, need_hidden=start < len(self.blocks))
+        began = time.perf_counter()
+        for i in range(start, len(self.blocks)):
+            hidden = self._block(i, hidden, recompute)
+            per_block = (time.perf_counter() - began) / (i + 1 - start)
+            self._say("block", i, eta_seconds=per_block * (len(self.blocks) - i - 1))
+        self._closing()
+        return ["opening", *(f"block-{i:04d}" for i in range(len(self.blocks))), "closing"]
+
+    def _finished_blocks(self) -> int:
+        return next((i for i in range(len(self.blocks)) if not self.store.has(f"block-{i:04d}")), len(self.blocks))
+
+    def _opening(self, hidden: list[Tensor], need_hidden: bool) -> list[Tensor]:
+        """Everything outside the blocks but an untied head: quantize the embedding, keep the rest, and run up to the first block."""
+        calibrate = self.windows is not None and need_hidden
+        if self.store.has("opening") and not calibrate:
+            return hidden
+        embedding = self._embedding()
+        names = [n for n in self.names if not self._in_blocks(n) and not self._of_head(n)]
+        plain, tensors, entries = self._read(names), {}, {}
+        if embedding is not None and (packed := self._pack_embedding(embedding, calibrate)):
+            plain.pop(f"{embedding}.weight")
+            tensors, entries = _layer_tensors(embedding, packed), {embedding: _entry("embedding", packed, False)}
+        if not self.store.has("opening"):
+            self.store.put("opening", {**tensors, **plain}, {"layers": entries, "plain": list(plain)})
+        if calibrate:
+            first = self._first_hidden()
+            if not hidden:
+                hidden = first
+                self.store.put_hidden(0, hidden)
+        drop(self.model, [n for n in names if n in dict(self.model.named_parameters())])
+        return hidden
+
+    def _pack_embedding(self, name: str, keep: bool) -> "QuantizedTensor | None":
+        w = layer_matrix(self.model.get_submodule(name))
+        fmt = self.recipe.embedding_format(w.shape[1])
+        return None if fmt is None else quantize_rows(w, fmt, keep=keep)
+
+    def _first_hidden(self) -> list[Tensor]:
+        """Hidden states entering the first block, one (1, tokens, width) tensor a window; remembers how each block is called."""
+        assert self.windows is not None
+        hidden = []
+        for ids in self.windows:
+            calls = block_calls(self.model, self.blocks, {"input_ids": ids[None]})
+            hidden.append(calls[0][0][0].clone())
+            if not self.calls:
+                self.calls = [(args[1:], kwargs) for args, kwargs in calls]
+        return hidden
+
+    def _block(self, i: int, hidden: list[Tensor], recompute: bool) -> list[Tensor]:
+        """Read, solve and store one block; returns the hidden states that enter the next."""
+        block, began = self.blocks[i], time.perf_counter()
+        names = [n for n in self.names if n.startswith(f"{self.prefix}.{i}.")]
+        plain = self._read(names)
+        with _naming(f"block {i}"):
+            solved = self._solve_all(i, block, hidden, recompute)
+        tensors: dict[str, Tensor] = {}
+        layers: Entries = {}
+        for name, (entry, q) in solved.items():
+            plain.pop(f"{name}.weight", None)
+            tensors |= _layer_tensors(name, q)
+            layers[name] = entry
+        for name in set(plain) & self._changed(block, i, plain):
+            plain[name] = self.model.get_parameter(name).detach().to(plain[name].dtype)
+        self.store.put(f"block-{i:04d}", {**tensors, **plain}, {"layers": layers, "plain": list(plain), "seconds": time.perf_counter() - began})
+        if self.windows is not None:
+            self.store.put_hidden(i + 1, hidden)
+        drop(self.model, [n for n in names if n in dict(self.model.named_parameters())])
+        return hidden
+
+    def _solve_all(self, i: int, block: nn.Module, hidden: list[Tensor], recompute: bool) -> "dict[str, tuple[Entries, QuantizedTensor]]":
+        """Full layer name -> (entry, quantized tensor); advances the hidden states in place."""
+        if self.windows is None:
+            return self._solve_group(i, block, list(linear_layers(block)), None)
+        groups = input_groups(block, hidden[0], *self.calls[i])
+        if self.recipe.solver.smooth is not None:
+            return self._solve_smoothed(i, block, groups, hidden)
+        solved = {}
+        forwards = SequentialForwards(block, hidden, self.calls[i], recompute)
+        for group in groups:
+            statistics = _accumulate(forwards.inputs(group[0]), layer_matrix(block.get_submodule(group[0])).shape[1])
+            solved |= self._solve_group(i, block, group, statistics)
+        forwards.outputs()
+        unused = [n for n in linear_layers(block) if n not in {m for g in groups for m in g}]
+        return solved | self._solve_group(i, block, unused, None)
+
+    def _solve_smoothed(self, i: int, block: nn.Module, groups: list[list[str]], hidden: list[Tensor]) -> "dict[str, tuple[Entries, QuantizedTensor]]":
+        """AWQ's order: statistics of all groups in the float block, fold all scalings, then solve, then one pass with the rounded weights."""
+        statistics = self._float_statistics(block, [g[0] for g in groups], hidden, self.calls[i])
+        smooth = self.recipe.solver.smooth
+        assert smooth is not None
+        for group in groups:
+            fmt = self.recipe.format_for(f"{self.prefix}.{i}.{group[0]}")
+            key = tuple(group)
+            if key not in self.producers:
+                self.producers[key] = find_producer(block, group, hidden[0], *self.calls[i])
+            producer = self.producers[key]
+            if producer is None or fmt is None:
+                continue
+            t = smooth([layer_matrix(block.get_submodule(n)) for n in group], statistics[group[0]], fmt)
+            fold(block, producer, group, t)
+            statistics[group[0]] = statistics[group[0]].rescaled(t)
+        solved = {}
+        for group in groups:
+            solved |= self._solve_group(i, block, group, statistics[group[0]])
+        for k in range(len(hidden)):
+            hidden[k] = run_block(block, hidden[k], *self.calls[i])
+        return solved
+
+    def _float_statistics(
+        self, block: nn.Module, leaders: list[str], hidden: list[Tensor], call: tuple[tuple, dict[str, Any]]
+    ) -> dict[str, LayerStatistics]:
+        from lowbit.pipeline.blocks import all_inputs
+
+        sums = {n: GramAccumulator(layer_matrix(block.get_submodule(n)).shape[1]) for n in leaders}
+        for h in hidden:
+            for name, x in all_inputs(block, leaders, h, *call)[0].items():
+                sums[name].add(x)
+        return {n: s.finish() for n, s in sums.items()}
+
+    def _solve_group(
+        self, i: int, block: nn.Module, group: list[str], statistics: "LayerStatistics | None"
+    ) -> "dict[str, tuple[Entries, QuantizedTensor]]":
+        """Solve layers that share an input (stacked where their formats allow), put the rounded weights in place."""
+        solved = {}
+        for names, fmt in self._stacks(i, group, statistics is not None):
+            layers = [block.get_submodule(n) for n in names]
+            w = torch.cat([layer_matrix(m) for m in layers]).contiguous()
+            solution = self.recipe.solver.solve(w, statistics, fmt, **self.recipe.solver_options)
+            start = 0
+            for name, layer in zip(names, layers):
+                rows = layer_matrix(layer).shape[0]
+                part = solution if len(layers) == 1 else solution.rows(start, start + rows)
+                start += rows
+                solved[f"{self.prefix}.{i}.{name}"] = self._finish(i, f"{self.prefix}.{i}.{name}", layer, part, statistics)
+        return solved
+
+    def _stacks(self, i: int, group: list[str], shared: bool) -> "list[tuple[list[str], Format]]":
+        """Layers to solve together: same input, same format, scales that do not reach over rows."""
+        stacks: dict[Any, tuple[list[str], Format]] = {}
+        for name in group:
+            fmt = self.recipe.format_for(f"{self.prefix}.{i}.{name}")
+            if fmt is not None:
+                alone = not shared or fmt.blocks.rows != 1 or fmt.scale_dtype == "double"
+                stacks.setdefault(name if alone else fmt, ([], fmt))[0].append(name)
+        return list(stacks.values())
+
+    def _finish(self, i: int, full: str, layer: nn.Module, solution: Solution, statistics: "LayerStatistics | None") -> tuple[Entries, QuantizedTensor]:
+        """Describe one solved layer and give it its rounded weight."""
+        w, kind = layer_matrix(layer), layer_type(layer)
+        q = solution.quantized()
+        w_hat = q.dequantize()
+        entry = _entry(kind or "linear", q, getattr(layer, "bias", None) is not None)
+        entry |= layer_errors(w, w_hat, solution.format, statistics) | {"notes": solution.notes}
+        layer_matrix(layer).copy_(w_hat)
+        self._say("layer", i, name=full, error=entry["error"], format=str(q.format), bits_per_weight=q.bits_per_weight)
+        return entry, q
+
+    def _closing(self) -> None:
+        """An output head with weights of its own."""
+        if self.store.has("closing"):
+            return
+        head = self._head()
+        names = [n for n in self.names if self._of_head(n)]
+        plain, tensors, entries = self._read(names), {}, {}
+        if head is not None:
+            module = self.model.get_submodule(head)
+            fmt = self.recipe.embedding_format(layer_matrix(module).shape[1])
+            if fmt is not None:
+                q = quantize_rows(layer_matrix(module), fmt)
+                plain.pop(f"{head}.weight")
+                tensors, entries = _layer_tensors(head, q), {head: _entry("linear", q, f"{head}.bias" in plain)}
+        self.store.put("closing", {**tensors, **plain}, {"layers": entries, "plain": list(plain)})
+        drop(self.model, [n for n in names if n in dict(self.model.named_parameters())])
+
+    # -- small things
+
+    def _read(self, names: list[str]) -> dict[str, Tensor]:
+        """Bring tensors into the model as float32; returns them as the source has them."""
+        read = {}
+        aliases: dict[str, list[str]] = {}
+        for alias, owner in self.source.tied.items():
+            aliases.setdefault(owner, []).append(alias)
+        for name in names:
+            tensor = self.source.get(name)
+            check_finite(name, tensor)
+            read[name] = tensor
+            value = tensor.float() if tensor.is_floating_point() else tensor
+            for place in (name, *aliases.get(name, [])):
+                set_tensor(self.model, place, value)
+        return read
+
+    def _changed(self, block: nn.Module, i: int, plain: dict[str, Tensor]) -> set[str]:
+        """Plain tensors that folding has changed."""
+        own = dict(self.model.named_parameters())
+        return {n for n, t in plain.items() if n in own and not torch.equal(own[n].detach(), t.to(own[n].dtype))}
+
+    def _in_blocks(self, name: str) -> bool:
+        return name.startswith(f"{self.prefix}.")
+
+    def _embedding(self) -> "str | None":
+        return _module_name(self.model, getattr(self.model, "get_input_embeddings", lambda: None)())
+
+    def _head(self) -> "str | None":
+        """The output head if it has weights of its own."""
+        name = _module_name(self.model, getattr(self.model, "get_output_embeddings", lambda: None)())
+        return None if name is None or f"{name}.weight" in self.source.tied or layer_type(self.model.get_submodule(name)) != "linear" else name
+
+    def _of_head(self, name: str) -> bool:
+        head = self._head()
+        return head is not None and name.startswith(f"{head}.")
+
+    def _say(self, event: str, i: int, **more: Any) -> None:
+        self.progress({"event": event, "block": i, "blocks": len(self.blocks), **more})
+
+
+def layer_errors(w: Tensor, w_hat: Tensor, fmt: Format, statistics: "LayerStatistics | None") -> Entries:
+    """error: relative error of the outputs (of the weights without statistics); error_rtn: the same of plain rounding;
+    sensitivity: how much the inputs amplify a unit of relative weight noise, mean(diag H) |W|^2 / tr(W H W^T)."""
+    blocks = fmt.blocks.split(w.float())
+    plain_fmt = fmt.with_(scale_rule=Format(fmt.levels, fmt.blocks, zero=fmt.zero).scale_rule)
+    rtn = fmt.blocks.merge(_rounded(blocks, plain_fmt), *w.shape)
+    if statistics is None:
+        energy = max(float(w.float().square().sum(dtype=torch.float64)), 1e-30)
+        errors = [float((x - w).square().sum(dtype=torch.float64)) / energy for x in (w_hat, rtn)]
+        return {"error": errors[0], "error_rtn": errors[1], "error_of": "weight", "sensitivity": None}
+    energy = max(output_energy(w, statistics.gram), 1e-30)
+    errors = [output_error(w, x, statistics.gram) / energy for x in (w_hat, rtn)]
+    noise = float(statistics.gram.diagonal().mean() * w.float().square().sum()) / energy
+    return {"error": errors[0], "error_rtn": errors[1], "error_of": "output", "sensitivity": noise}
+
+
+def _rounded(blocks: Tensor, fmt: Format) -> Tensor:
+    from lowbit.formats import decode
+
+    grid = fit(blocks, fmt)
+    return decode(encode(blocks, grid, fmt), grid, fmt)
+
+
+def _accumulate(inputs: Any, size: int) -> LayerStatistics:
+    gram = GramAccumulator(size)
+    for x in inputs:
+        gram.add(x)
+    return gram.finish()
+
+
+def _entry(kind: str, q: QuantizedTensor, bias: bool) -> Entries:
+    return {
+        "type": kind,
+        "meta": q.meta(),
+        "bias": bias,
+        "bytes": q.nbytes,
+        "bits_per_weight": q.bits_per_weight,
+        "error": None,
+        "error_rtn": None,
+        "sensitivity": None,
+    }
+
+
+def _layer_tensors(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
+    return {f"{name}.{k}": t for k, t in q.tensors().items()}
+
+
+def _module_name(model: nn.Module, wanted: Any) -> "str | None":
+    return next((n for n, m in model.named_modules() if m is wanted), None) if wanted is not None else None
+
+
+def _fits(name: str, fmt: Format, shape: tuple[int, ...]) -> None:
+    try:
+        fmt.blocks.size(*shape)
+    except ShapeError as e:
+        raise ShapeError(f"{name}: {e}") from None
+
+
+class _naming:
+    """Add the place to errors that come from inside."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, LowbitError) and not isinstance(error, ModelError):
+            raise type(error)(f"{self.place}: {error}") from error

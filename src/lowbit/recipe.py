@@ -1,0 +1,142 @@
+"""Recipes: what to do to a whole model, as data. Python object = YAML file = command-line flags.
+
+    method: gptq            a solver's name (`lowbit methods --kind solver`)
+    bits: 4                 width of the codes ...
+    group: 64               ... and how many weights of a row share a scale (-1: the whole row)
+    format: uint4-g64       instead of bits and group: any format string
+    layers:                 other formats for some layers, the first match wins; "float" leaves a layer alone
+      - {match: "*.down_proj", format: uint8-g64}
+    options: {damping: 0.01}    the method's own options
+    data: valid.txt[:50%]   calibration text; windows x context tokens of it, chosen by seed
+    embeddings: 8           bits of the embeddings and the output head, in groups (16 leaves them as they are)
+
+The steps follow from it and always come in this order: embeddings, calibration inputs, blocks one after the other (statistics, solve, pack),
+output head, artifact. `Recipe.load` reads YAML, `Recipe.merged` lets flags win over the file.
+"""
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lowbit.errors import RecipeError, near_names
+from lowbit.formats import Format
+from lowbit.solvers import Spec, find
+
+
+class LayerRule(BaseModel):
+    """One exception to the recipe's format: layers whose full name matches the pattern."""
+
+    model_config = ConfigDict(extra="forbid")
+    match: str
+    format: str
+
+
+class Recipe(BaseModel):
+    """See the module's text. Raises RecipeError or FormatError on anything unknown, never ignores it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: str = "gptq"
+    bits: int = Field(4, ge=1, le=8)
+    group: int = Field(64, ge=-1)
+    format: str = ""
+    layers: tuple[LayerRule, ...] = ()
+    options: dict[str, Any] = Field(default_factory=dict)
+    data: str = ""
+    windows: int = Field(24, ge=1)
+    context: int = Field(512, ge=2)
+    seed: int = 0
+    embeddings: int = Field(8, ge=1, le=16)
+    activations: Literal["float", "int8"] = "float"
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as e:
+            raise RecipeError(_readable(e, fields)) from None
+        if self.group == 0:
+            raise RecipeError("group 0: use a positive group size such as 64, or -1 for one group per row.")
+        if 8 < self.embeddings < 16:
+            raise RecipeError(f"embeddings: {self.embeddings} bits; use 1 to 8, or 16 to leave them as they are.")
+        self._check_options(find(self.method))
+        for text in (self.format, *(rule.format for rule in self.layers)):
+            if text not in ("", "float"):
+                Format.parse(text)
+
+    def _check_options(self, spec: Spec) -> None:
+        for name, value in self.options.items():
+            if name not in spec.options:
+                known = list(spec.options) or ["(none)"]
+                raise RecipeError(f"method {spec.name!r} has no option {name!r}. {near_names(name, known)}")
+            wanted = type(spec.options[name])
+            if not isinstance(value, (int, float) if wanted is float else wanted):
+                raise RecipeError(f"option {name}={value!r} of {spec.name!r} should be {wanted.__name__}, e.g. {spec.options[name]}.")
+
+    @property
+    def solver(self) -> Spec:
+        return find(self.method)
+
+    @property
+    def solver_options(self) -> dict[str, Any]:
+        """The method's defaults with this recipe's changes."""
+        return self.solver.options | self.options
+
+    def format_for(self, layer: str) -> "Format | None":
+        """The format of a layer by its full name; None leaves it as it is."""
+        for rule in self.layers:
+            if fnmatchcase(layer, rule.match):
+                return None if rule.format == "float" else Format.parse(rule.format)
+        if self.format:
+            return None if self.format == "float" else Format.parse(self.format)
+        return self.solver.default_format(self.bits, self.group)
+
+    def embedding_format(self, width: int) -> "Format | None":
+        """Format of embeddings and head with rows of `width` weights: symmetric groups of the recipe's group size where it divides."""
+        if self.embeddings == 16:
+            return None
+        group = next((g for g in (self.group, 64, 32, 16) if g > 0 and width % g == 0), -1)
+        return Format.parse(f"int{self.embeddings}-" + ("channel" if group == -1 else f"g{group}"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, every field named, so that a file says all that was done."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def load(cls, path: "str | Path") -> "Recipe":
+        """Read a YAML recipe. Raises RecipeError naming what is wrong in it."""
+        return cls(**read_yaml(path))
+
+    @classmethod
+    def merged(cls, path: "str | Path | None", **flags: Any) -> "Recipe":
+        """A recipe file with flags on top; flags that are None do not count, and `options` are merged one by one."""
+        base = read_yaml(path) if path else {}
+        given = {k: v for k, v in flags.items() if v is not None}
+        if "options" in given:
+            given["options"] = {**base.get("options", {}), **given["options"]}
+        if ("bits" in given or "group" in given) and "format" not in given:
+            base.pop("format", None)
+        return cls(**(base | given))
+
+
+def read_yaml(path: "str | Path") -> dict[str, Any]:
+    """A recipe file as a dict of fields."""
+    import yaml
+
+    try:
+        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise RecipeError(f"recipe {str(path)!r} cannot be read ({e.strerror or e}); check the path.") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise RecipeError(f"recipe {str(path)!r} is not YAML: {str(e).splitlines()[0]}") from e
+    if not isinstance(fields, dict) or not all(isinstance(k, str) for k in fields):
+        raise RecipeError(f"recipe {str(path)!r} should be lines such as `method: gptq` and `bits: 4`.")
+    return fields
+
+
+def _readable(e: ValidationError, fields: dict[str, Any]) -> str:
+    first = e.errors()[0]
+    where = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"a recipe has no field {where!r}. {near_names(where, list(Recipe.model_fields))}"
+    return f"recipe field {where}={first.get('input')!r}: {first['msg'].lower()}."

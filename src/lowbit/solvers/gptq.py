@@ -1,0 +1,57 @@
+"""GPTQ: layer-wise least squares on the outputs, column by column, with error feedback.
+
+    minimise tr[(W - Q) H (W - Q)^T],  H = mean x x^T
+
+Defaults: searched grids weighted by diag H, static groups in act-order (columns of large inputs first), damping 0.01 of the mean diagonal,
+raised tenfold while H cannot be factored; dead inputs get weight 0. `refit` ends with the closed-form scales for the codes that were
+found: rows are independent, so each is a small linear system in its group scales (derived; the objective cannot rise).
+Source: Frantar 2022 (arXiv:2210.17323); static groups and act-order after the authors' code. Cost: O(out * in^2), memory 3 in^2 floats.
+"""
+
+from torch import Tensor
+
+from lowbit.errors import RecipeError
+from lowbit.formats import Format, Grid
+from lowbit.solvers._columns import GridHooks, solve_columns
+from lowbit.solvers._refit import refit_scales
+from lowbit.solvers._spec import Solution, Spec
+from lowbit.statistics import LayerStatistics
+
+
+def solve(
+    w: Tensor,
+    statistics: "LayerStatistics | None",
+    fmt: Format,
+    *,
+    damping: float = 0.01,
+    act_order: bool = True,
+    static_groups: bool = True,
+    weighted: bool = True,
+    refit: bool = True,
+    block: int = 64,
+) -> Solution:
+    """Quantize w (out, in) float32 under the layer's Gram matrix. Raises RecipeError without statistics."""
+    if statistics is None:
+        raise RecipeError("gptq needs calibration text: add --data FILE, or use --method rtn or hqq.")
+    importance = statistics.gram.diagonal() if weighted else None
+    hooks = GridHooks(fmt, *w.shape, static=static_groups or act_order, importance=importance)
+    loop = solve_columns(w, statistics.gram, hooks, damping=damping, act_order=act_order, block=block)
+    codes, grid = hooks.result_codes(), hooks.grid
+    if refit and _can_refit(fmt):
+        grid = Grid(refit_scales(w, codes, grid, fmt, statistics.gram, loop.damping), grid.zero)
+    return Solution(codes, grid, fmt, {"damping": loop.damping, "dead": loop.dead})
+
+
+def _can_refit(fmt: Format) -> bool:
+    return fmt.blocks.rows == 1 and bool(fmt.levels.values) and fmt.scale_dtype in ("fp32", "fp16", "bf16")
+
+
+SPEC = Spec(
+    name="gptq",
+    title="GPTQ: error feedback under the Gram matrix of the inputs",
+    source="Frantar 2022, arXiv:2210.17323",
+    solve=solve,
+    format="uint{bits}-{blocks}-search",
+    needs_data=True,
+    options={"damping": 0.01, "act_order": True, "static_groups": True, "weighted": True, "refit": True, "block": 64},
+)
