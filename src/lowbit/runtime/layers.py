@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowbit.errors import ArtifactError, FormatError, ShapeError
+from lowbit.errors import ArtifactError, FormatError, KernelError, ShapeError
 from lowbit.formats import QuantizedTensor, tensor_specs
 from lowbit.formats.tensor import matrix_shape
 from lowbit.runtime import ops
@@ -51,6 +51,7 @@ class Prepared(NamedTuple):
 
     source: tuple[Tensor, ...]
     weight: KernelWeight
+    int8: "KernelWeight | None"  # made when first asked for
     exceptions: "Exceptions | None"
 
 
@@ -86,7 +87,13 @@ def _full_table(table: Tensor, bits: int) -> Tensor:
     return torch.cat([table, table[:, -1:].expand(-1, missing)], 1).float().contiguous()
 
 
-def exceptions(qt: QuantizedTensor, weight: KernelWeight) -> "Exceptions | None":
+def int8_weight(weight: KernelWeight) -> KernelWeight:
+    """The same weight with int8 levels, their step and base folded into scale and zero."""
+    of = ops.int8_levels(weight.table)
+    return KernelWeight(weight.codes, of.levels, *ops.fold_int8(weight.scale, weight.zero, of), weight.bits)
+
+
+def exceptions(qt: QuantizedTensor) -> "Exceptions | None":
     """The sparse correction w_hat - (dense part) at the places of the further parts, or None without any."""
     if len(qt.parts) == 1:
         return None
@@ -110,7 +117,6 @@ class _Packed(nn.Module):
             self.register_buffer(key, torch.empty(shape, dtype=dtype, device=device))
         self.activations = activations
         self._prepared: Prepared | None = None
-        self._int8: KernelWeight | None = None
 
     @property
     def activations(self) -> str:
@@ -139,24 +145,27 @@ class _Packed(nn.Module):
         """The weight in its own shape, decoded by the plain formula (not by the kernels)."""
         return self.quantized().dequantize(dtype)
 
-    def prepare(self) -> "Prepared":
-        """Derive the kernel's arguments now rather than at the first call; a no-op where they are fresh."""
-        source = tuple(self._buffers[key] for key in self._packed)
+    def prepare(self) -> Prepared:
+        """Derive the kernel's arguments now rather than at the first call; a no-op where they are fresh.
+
+        torch.compile and torch.export cannot trace this: run the model once, or `prepare(model)`, before them.
+        """
         kept = self._prepared
+        if (
+            torch.compiler.is_compiling()
+        ):  # the traced buffers are stand-ins: what was derived from the real ones counts
+            if kept is None:
+                raise KernelError(
+                    "the packed layers are not prepared: call lowbit.runtime.prepare(model) before tracing."
+                )
+            return kept
+        source = tuple(getattr(self, key) for key in self._packed)
         if kept is None or not all(a is b for a, b in zip(kept.source, source)):
             qt = self.quantized()
-            weight = kernel_weight(qt)
-            kept = self._prepared = Prepared(source, weight, exceptions(qt, weight))  # type: ignore[arg-type]
-            self._int8 = None
+            kept = self._prepared = Prepared(source, kernel_weight(qt), None, exceptions(qt))
+        if self._activations == "int8" and kept.int8 is None:
+            kept = self._prepared = kept._replace(int8=int8_weight(kept.weight))
         return kept
-
-    def _int8_weight(self, weight: KernelWeight) -> KernelWeight:
-        if self._int8 is None:
-            of = ops.int8_levels(weight.table)
-            self._int8 = KernelWeight(
-                weight.codes, of.levels, *ops.fold_int8(weight.scale, weight.zero, of), weight.bits
-            )
-        return self._int8
 
     def _matmul(self, x: Tensor, rows: "slice | None" = None) -> Tensor:
         """x (..., K) @ w_hat.T, of some output rows only if asked (a convolution's groups)."""
@@ -166,17 +175,16 @@ class _Packed(nn.Module):
             w = self.dequantize(x.dtype).reshape(matrix_shape(self.shape))
             return F.linear(x, w if rows is None else w[rows])
         prepared = self.prepare()
-        weight, sparse = prepared.weight, prepared.exceptions
-        kernel = ops.linear_float
-        if self._activations == "int8":
-            weight, kernel = self._int8_weight(weight), ops.linear_int8
+        kernel, weight, sparse = ops.linear_float, prepared.weight, prepared.exceptions
+        if self._activations == "int8" and prepared.int8 is not None:
+            kernel, weight = ops.linear_int8, prepared.int8
         if rows is not None:
             weight, sparse = _rows_of(weight, rows), None if sparse is None else _exceptions_of(sparse, rows)
         y = kernel(x, *weight)
         return y if sparse is None else y + ops.sparse_linear(x, *sparse, y.shape[-1])
 
     def _forget(self) -> None:
-        self._prepared = self._int8 = None
+        self._prepared = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Packed":
         """Moves follow; casts do not: `.half()` or `.to(dtype)` on a model must not round what the artifact stores."""
@@ -197,7 +205,7 @@ class _Packed(nn.Module):
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": None, "_int8": None}
+        return self.__dict__ | {"_prepared": None}
 
     def _fill(self, qt: QuantizedTensor, bias: "Tensor | None") -> None:
         self._buffers.update(qt.tensors())
@@ -407,4 +415,15 @@ def set_activations(model: nn.Module, kind: str) -> int:
     layers = [m for m in model.modules() if isinstance(m, (PackedLinear, PackedConv2d))]
     for layer in layers:
         layer.activations = kind
+    return len(layers)
+
+
+def prepare(model: nn.Module) -> int:
+    """Derive what the kernels need for every packed layer now (needed before torch.compile and torch.export).
+
+    Returns the number of layers. Raises FormatError or ArtifactError on a layer whose tensors are damaged or missing.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _Packed)]
+    for layer in layers:
+        layer.prepare()
     return len(layers)
