@@ -42,15 +42,15 @@ class MemoryStore:
 
 
 class FolderStore:
-    """Pieces kept in `folder`; `identity` is what must be the same for a run to go on. fresh=True throws older work away."""
+    """Pieces kept in `folder`; `identity` is what must be the same for a run to go on. replace=True throws another run's work away."""
 
-    def __init__(self, folder: Path, identity: dict[str, Any], fresh: bool = False) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], replace: bool = False) -> None:
         self.folder = folder
         path = folder / "identity.json"
-        if fresh and folder.exists():
-            shutil.rmtree(folder)
-        if path.exists():
+        if path.exists() and not (replace and _differs(path, identity)):
             _check_identity(path, identity, folder)
+        elif folder.exists():
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):
             leftover.unlink()
@@ -107,13 +107,17 @@ class FolderStore:
 Store = MemoryStore | FolderStore
 
 
-def _check_identity(path: Path, identity: dict[str, Any], folder: Path) -> None:
+def _differs(path: Path, identity: dict[str, Any]) -> list[str]:
+    """What is not the same in the run found and the run wanted."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         found = {}
-    if found != identity:
-        changed = sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
+    return sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
+
+
+def _check_identity(path: Path, identity: dict[str, Any], folder: Path) -> None:
+    if changed := _differs(path, identity):
         raise RecipeError(
             f"{folder} holds an unfinished run of something else ({', '.join(changed)} differ): "
             "repeat that run's command to finish it, or add --force to start over."

@@ -1,0 +1,290 @@
+"""What people call: compress a model in memory or on disk; attach, train and pack a network of their own.
+
+    model = lowbit.compress(model, "gptq", bits=3, group=64, data=texts, tokenizer=tokenizer)
+    lowbit.api.compress_model("model.gguf", "out/", method="gptq", bits=4, data="valid.txt[:50%]")
+"""
+
+import hashlib
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from torch import Tensor, nn
+
+from lowbit.errors import DataError, RecipeError, ShapeError
+from lowbit.evaluate import peak_memory_bytes, resident_memory_bytes
+from lowbit.formats import QuantizedTensor
+from lowbit.pipeline.blocks import layer_matrix, layer_type
+from lowbit.pipeline.checkpoint import FolderStore, MemoryStore, Store
+from lowbit.pipeline.stream import Walk
+from lowbit.recipe import Recipe
+from lowbit.runtime import swap
+from lowbit.runtime.artifact import auto_class_of, load, refuse_existing, save, write_artifact
+from lowbit.sources import check_tokenizer, open_model, read_text, set_tensor, token_windows
+from lowbit.sources.module import ModuleSource
+from lowbit.training import bits_per_weight, pack, prepare, step, summary
+
+__all__ = ["bits_per_weight", "compress", "compress_model", "load", "pack", "prepare", "save", "step", "summary"]
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def compress(
+    model: nn.Module,
+    method: "str | None" = None,
+    *,
+    bits: "int | None" = None,
+    group: "int | None" = None,
+    format: "str | None" = None,
+    data: "str | Path | list[str] | Tensor | None" = None,
+    tokenizer: Any = None,
+    recipe: "str | Path | Recipe | None" = None,
+    windows: "int | None" = None,
+    context: "int | None" = None,
+    seed: "int | None" = None,
+    embed_bits: "int | None" = None,
+    activations: "str | None" = None,
+    options: "dict[str, Any] | None" = None,
+    progress: "Progress | None" = None,
+) -> nn.Module:
+    """A packed copy of a model in memory; the model itself stays as it is.
+
+    A transformers language model (decoder or encoder) is walked block by block; data: texts (a list, a long string, or a file's path) with the
+    `tokenizer`, or token ids (windows, context). Any other network takes a method without data (rtn, hqq): each linear layer and 2-d
+    convolution on its own, the first convolution and the last linear layer left in float.
+    Raises RecipeError, DataError, ShapeError, ModelError with what to change.
+    """
+    plan = _recipe(
+        recipe, method=method, bits=bits, group=group, format=format, windows=windows, context=context, seed=seed,
+        embeddings=embed_bits, activations=activations, options=options,
+    )  # fmt: skip
+    if not hasattr(model, "config"):
+        return _compress_layers(model, plan)
+    ids = _ids(data, tokenizer, plan)
+    source: Any = ModuleSource(model)
+    store = MemoryStore()
+    walk = Walk(source, plan, store, ids, progress or (lambda event: None))
+    walk.run()
+    return _assemble(walk, store, plan)
+
+
+def compress_model(
+    model: "str | Path",
+    out: "str | Path",
+    *,
+    method: "str | None" = None,
+    bits: "int | None" = None,
+    group: "int | None" = None,
+    format: "str | None" = None,
+    data: "str | None" = None,
+    recipe: "str | Path | Recipe | None" = None,
+    windows: "int | None" = None,
+    context: "int | None" = None,
+    seed: "int | None" = None,
+    max_ram: "int | None" = None,
+    force: bool = False,
+    embed_bits: "int | None" = None,
+    activations: "str | None" = None,
+    tokenizer: "str | Path | None" = None,
+    options: "dict[str, Any] | None" = None,
+    progress: "Progress | None" = None,
+) -> dict[str, Any]:
+    """Compress a model on disk (GGUF file, folder, hub name) into the artifact OUT, block by block; returns the JSON object of `lowbit compress`.
+
+    max_ram: ceiling in bytes; the plan is made, and said through progress, before anything runs. A run that was killed goes on from the last
+    finished block when it is called again, and ends with the same bytes. tokenizer: a folder, if not the model's own.
+    Raises LowbitError with one sentence that says what to type; OUT then does not exist (or is what it was).
+    """
+    began, say, out = time.perf_counter(), progress or (lambda event: None), Path(out)
+    plan = _recipe(
+        recipe, method=method, bits=bits, group=group, format=format, data=data, windows=windows, context=context, seed=seed,
+        embeddings=embed_bits, activations=activations, options=options,
+    )  # fmt: skip
+    refuse_existing(out, force)
+    if plan.solver.needs_data and not plan.data:
+        raise RecipeError(f"{plan.method} needs calibration text: add --data FILE, or use --method rtn or hqq.")
+    source = open_model(model)
+    words = _tokenizer(source, tokenizer)
+    ids, notes = None, []
+    if plan.data:
+        found = token_windows(read_text(plan.data), words, plan.windows, plan.context, plan.seed)
+        ids, notes = found.ids, [found.note] if found.note else []
+        _check_context(source.config, plan.context)
+    walk = Walk(source, plan, MemoryStore(), ids, say)
+    estimate = walk.plan(resident_memory_bytes(), max_ram)
+    say({"event": "plan"} | estimate.as_dict() | {"notes": [*estimate.notes, *notes], "model": source.describe()})
+    store = FolderStore(Path(f"{out}.partial"), _identity(source, plan, ids), replace=force)
+    walk.store = store
+    pieces = walk.run(estimate.recompute)
+    say({"event": "write"})
+    layers = {name: row for piece in pieces for name, row in store.entries(piece)["layers"].items()}
+    run = {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes(), "machine": machine(), "threads": torch.get_num_threads()}
+    manifest = write_artifact(
+        out,
+        [store.path(piece) for piece in pieces],
+        layers,
+        tied=_tied_modules(source.tied, layers),
+        config=source.config,
+        auto_class=auto_class_of(walk.model),
+        recipe=plan.as_dict(),
+        seed=plan.seed,
+        source={"describe": source.describe(), "fingerprint": source.fingerprint, "nbytes_float": source.nbytes_float},
+        activations=plan.activations,
+        tokenizer=words,
+        generation_config=getattr(walk.model, "generation_config", None),
+        run=run | {"evaluations": []},
+        force=force,
+    )
+    store.discard()
+    return result_of(manifest, run)
+
+
+def result_of(manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object of `lowbit compress` from an artifact's two descriptions."""
+    rows = [
+        {"name": name, "format": row["meta"]["parts"][0]["format"], "shape": row["meta"]["shape"]}
+        | {k: row.get(k) for k in ("bits_per_weight", "error", "error_rtn", "sensitivity")}
+        for name, row in manifest["layers"].items()
+    ]
+    return {
+        **{k: manifest["summary"][k] for k in ("bits_per_weight", "bits_per_weight_file", "bytes")},
+        "seconds": run.get("seconds"),
+        "peak_memory_bytes": run.get("peak_memory_bytes"),
+        "layers": rows,
+    }
+
+
+def machine() -> str:
+    """Processor, cores and system in a line."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def _recipe(recipe: "str | Path | Recipe | None", **flags: Any) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return Recipe(**(recipe.as_dict() | {k: v for k, v in flags.items() if v is not None}))
+    return Recipe.merged(recipe, **flags)
+
+
+def _tokenizer(source: Any, given: "str | Path | None") -> Any:
+    """The model's tokenizer, or the given folder's; checked against the vocabulary."""
+    if given is None:
+        words = source.load_tokenizer()
+    else:
+        from transformers import AutoTokenizer
+
+        try:
+            words = AutoTokenizer.from_pretrained(str(given), local_files_only=True)
+        except (OSError, ValueError) as e:
+            raise DataError(f"no tokenizer could be read from {str(given)!r} ({str(e).splitlines()[0]}); give its folder.") from e
+    check_tokenizer(words, source.config)
+    return words
+
+
+def _check_context(config: Any, context: int) -> None:
+    limit = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "max_position_embeddings", None)
+    if limit and context > limit:
+        raise DataError(f"--context {context} is longer than the model's {limit} positions. Try --context {limit}.")
+
+
+def _identity(source: Any, plan: Recipe, ids: "Tensor | None") -> dict[str, Any]:
+    """What must be the same for a stopped run to go on and end with the same bytes."""
+    import transformers
+
+    import lowbit
+
+    tokens = None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    versions = {"lowbit": lowbit.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"model": source.fingerprint, "recipe": plan.as_dict(), "tokens": tokens, "versions": versions, "threads": torch.get_num_threads()}
+
+
+def _tied_modules(tied: dict[str, str], layers: dict[str, Any]) -> dict[str, str]:
+    """Module -> packed module whose tensors it shares."""
+    pairs = {a.removesuffix(".weight"): o.removesuffix(".weight") for a, o in tied.items() if a.endswith(".weight")}
+    return {a: o for a, o in pairs.items() if o in layers}
+
+
+def _ids(data: Any, tokenizer: Any, plan: Recipe) -> "Tensor | None":
+    """Token windows from whatever was given as data."""
+    if data is None:
+        data = plan.data or None
+    if data is None:
+        if plan.solver.needs_data:
+            raise RecipeError(f"{plan.method} needs calibration data: data=texts with tokenizer=..., or data=token_ids; or use rtn or hqq.")
+        return None
+    if isinstance(data, Tensor):
+        if data.ndim != 2 or data.is_floating_point():
+            raise DataError(f"token ids should be integers (windows, context), not {tuple(data.shape)} {data.dtype}.")
+        return data.cpu()
+    if tokenizer is None:
+        raise DataError("texts need tokenizer=..., the model's own; or give data=token_ids (windows, context).")
+    text = "\n\n".join(data) if isinstance(data, (list, tuple)) else str(data)
+    if not isinstance(data, (list, tuple)) and "\n" not in text and len(text) < 1000:
+        text = read_text(text)
+    return token_windows(text, tokenizer, plan.windows, plan.context, plan.seed).ids
+
+
+def _assemble(walk: Walk, store: Store, plan: Recipe) -> nn.Module:
+    """The walked skeleton with plain tensors in place and packed layers for the rest."""
+    model, tensors = walk.model, {}
+    layers: dict[str, Any] = {}
+    for piece, entries in store.pieces.values():  # type: ignore[union-attr]
+        tensors |= piece
+        layers |= entries["layers"]
+        for name in entries["plain"]:
+            _put(model, name, piece[name], walk.source.tied)
+    manifest = {"layers": layers, "tied": _tied_modules(walk.source.tied, layers)}
+    swap.install(model, manifest, lambda name: {k.removeprefix(f"{name}."): tensors[k] for k in _keys(name, layers)}, plan.activations)
+    swap.untie(model, manifest)
+    model.config.use_cache = getattr(walk.source.config, "use_cache", True)
+    return model.eval()
+
+
+def _keys(name: str, layers: dict[str, Any]) -> list[str]:
+    from lowbit.formats import tensor_specs
+
+    return [f"{name}.{k}" for k in tensor_specs(layers[name]["meta"])]
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor, tied: dict[str, str]) -> None:
+    first = set_tensor(model, name, tensor)
+    for alias in (a for a, owner in tied.items() if owner == name):
+        owner, _, leaf = alias.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = first  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def _compress_layers(model: nn.Module, plan: Recipe) -> nn.Module:
+    """Any network, each layer on its own, without data."""
+    import copy
+
+    if plan.solver.needs_data:
+        raise RecipeError(f"{plan.method} walks transformers models; for another network use method rtn or hqq.")
+    model = copy.deepcopy(model).eval()
+    layers = {n: m for n, m in model.named_modules() if layer_type(m) in ("linear", "conv2d")}
+    convs, linears = ([n for n, m in layers.items() if layer_type(m) == kind] for kind in ("conv2d", "linear"))
+    for name in {*convs[:1], *linears[-1:]} if len(layers) > 1 else ():
+        del layers[name]
+    for name, layer in layers.items():
+        fmt = plan.format_for(name)
+        if fmt is None:
+            continue
+        w = layer_matrix(layer)
+        try:
+            solution = plan.solver.solve(w.reshape(w.shape[0], -1).float(), None, fmt, **plan.solver_options)
+        except ShapeError as e:
+            raise ShapeError(f"{name}: {e}") from None
+        quantized: QuantizedTensor = solution.quantized(tuple(w.shape))
+        kind = str(layer_type(layer))
+        packed = swap.pack_layer(layer, quantized, kind, plan.activations, swap.conv_options(layer) if kind == "conv2d" else None)
+        swap._set_module(model, name, packed)
+    return model
+
