@@ -6,8 +6,8 @@
     lowbit.prepare(net, "binary");  ...train...;  lowbit.pack(net)
     lowbit.bits_per_weight(net);  lowbit.summary(net)
 
-Importing it is quick: torch comes with the first name that is used, transformers with the first model. It also makes the artifacts known
-to transformers, so that `AutoModelForCausalLM.from_pretrained(OUT)` works from then on.
+Importing it is quick: torch comes with the first name that is used, transformers with the first model. It also makes
+artifacts known to transformers, so that `AutoModelForCausalLM.from_pretrained(OUT)` works from then on.
 """
 
 from importlib import import_module
@@ -33,7 +33,7 @@ _HOME = {
     "LowbitError": "lowbit.errors",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = list(_HOME)
 
 if TYPE_CHECKING:
     from lowbit.errors import LowbitError as LowbitError
@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_HOME})
 
 
 def _register_with_transformers() -> None:

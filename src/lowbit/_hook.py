@@ -1,4 +1,4 @@
-"""Run a function when another package's module is imported, at once if it already is; without importing it ourselves."""
+"""Run a function when another package's module is imported, at once if it already is; never import it ourselves."""
 
 import importlib.abc
 import importlib.machinery

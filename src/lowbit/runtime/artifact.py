@@ -4,8 +4,9 @@
     model = load("out/")                            a transformers model, from the folder alone
     net = load("out/", model=net)                   any other module: you bring the architecture
 
-A loader checks every number before it uses it: lowbit.json by its own checksum, every file by size and SHA-256, the safetensors header
-against the formats' shapes, every tensor's bytes as they are read, layer names and sizes against the architecture. Nothing is unpickled.
+A loader checks every number before it uses it: lowbit.json by its own checksum, every file by size and SHA-256, the
+safetensors header against the formats' shapes, every tensor's bytes as they are read, layer names and sizes against the
+architecture. Nothing is unpickled.
 """
 
 import copy
@@ -34,7 +35,8 @@ AUTO_CLASSES = (
     "AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSeq2SeqLM", "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification", "AutoModelForQuestionAnswering", "AutoModelForImageClassification", "AutoModel",
 )  # fmt: skip
-MAX_LAYERS = 10_000  # per number in config.json whose name speaks of layers: a damaged one must not build for hours
+REPEATS = ("layer", "expert", "head", "depth")  # what config.json says there is many of ...
+MAX_REPEATS, MAX_SIZE = 10_000, 1 << 26  # ... and the most of these, or of anything else, that is believed
 
 
 def save(
@@ -51,12 +53,14 @@ def save(
     """Write a model with packed layers to the folder OUT; returns the manifest.
 
     A transformers model becomes an artifact that loads by itself; any other module one of kind "module".
-    notes: layer -> {"error", "sensitivity", "error_rtn"}, kept in the manifest. Raises ArtifactError as `write_artifact` does.
+    notes: layer -> {"error", "sensitivity", "error_rtn"}, kept in the manifest.
+
+    Raises ArtifactError as `write_artifact` does.
     """
     packed = dict(swap.packed_modules(model))
     if not packed:
         raise ArtifactError(
-            "no layer of this model is packed: call lowbit.compress(model, ...) or lowbit.pack(model) before lowbit.save."
+            "no layer of this model is packed: call lowbit.compress(model, ...) or lowbit.pack(model) first."
         )
     config = getattr(model, "config", None) if _is_transformers(model) else None
     kinds = _float_kinds(model, packed) if config is not None else {}
@@ -110,7 +114,8 @@ def load(
     activations: "float" (exact) or "int8"; None takes what was stored
     verify:      False skips the SHA-256 sums, and only those
 
-    Raises ArtifactError for anything that is not a whole, untouched artifact. Memory: about the size of the packed file.
+    Raises ArtifactError for anything that is not a whole, untouched artifact.
+    Memory: about the size of the packed file.
     """
     folder = Path(path)
     manifest = load_manifest(folder)
@@ -147,7 +152,8 @@ def fill(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, Tensor],
 def verify_artifact(path: "Path | str") -> dict[str, Any]:
     """Check everything that can be checked without building the model; returns what was found.
 
-    {"path", "format_version", "kind", "files", "tensors", "bytes", "layers", "summary"}. Raises ArtifactError on the first fault.
+    {"path", "format_version", "kind", "files", "tensors", "bytes", "layers", "summary"}
+    Raises ArtifactError on the first fault.
     """
     folder = Path(path)
     manifest = load_manifest(folder)
@@ -167,23 +173,24 @@ def verify_artifact(path: "Path | str") -> dict[str, Any]:
 
 
 def auto_class_of(model: nn.Module) -> str:
-    """The name of the transformers Auto class that builds this model. Raises ArtifactError for an architecture of your own."""
+    """The name of the transformers Auto class that builds this model. Raises ArtifactError for one of your own."""
     import transformers
 
     config: Any = model.config
     for name in AUTO_CLASSES:
         mapping = getattr(transformers, name)._model_mapping
-        found = mapping[type(config)] if type(config) in mapping else ()
+        found = mapping[type(config)] if type(config) in mapping else ()  # noqa: SIM401  no plain dict
         if type(model) in (found if isinstance(found, (tuple, list)) else (found,)):
             return name
     raise ArtifactError(
-        f"{type(model).__name__} belongs to none of transformers' Auto classes, so nothing could rebuild it; save the module inside it "
+        f"{type(model).__name__} belongs to none of transformers' Auto classes, so nothing could rebuild it; save "
+        "the module inside it "
         "that you need, and give the architecture to lowbit.load(path, model=...)."
     )
 
 
 def _checked_tensors(folder: Path, manifest: dict[str, Any], verify: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """The safetensors file, read once: header, each tensor and at the end the whole file are compared with the manifest."""
+    """The safetensors file, read once; header, each tensor and the whole file are compared with the manifest."""
     path = folder / mf.WEIGHTS
     header = read_header(path)
     mf.check_header(manifest, header, path)
@@ -217,7 +224,8 @@ def _check_plain(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, 
         for name in rest:
             if name in tensors and not _fits(tensors[name], values[name]):
                 raise ArtifactError(
-                    f"tensor {name!r} is {tuple(tensors[name].shape)}, not {tuple(values[name].shape)}; {swap.ELSEWHERE}."
+                    f"tensor {name!r} is {tuple(tensors[name].shape)}, not {tuple(values[name].shape)}; "
+                    f"{swap.ELSEWHERE}."
                 )
 
 
@@ -259,18 +267,20 @@ def _transformers_skeleton(folder: Path, manifest: dict[str, Any], table: dict[s
     except Exception as e:  # whatever a configuration that is not trusted sets off in transformers
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ArtifactError(
-            f"transformers {transformers.__version__} cannot build {folder} ({first}); it was written with transformers "
-            f"{manifest['versions'].get('transformers')}: install that version, or {AGAIN}."
+            f"transformers {transformers.__version__} cannot build {folder} ({first}); it was written with "
+            f"transformers {manifest['versions'].get('transformers')}: install that version, or {AGAIN}."
         ) from e
     swap.untie(model, manifest)
     return model
 
 
-def _check_sizes(folder: Path, table: Any) -> None:
+def _check_sizes(folder: Path, table: dict[str, Any]) -> None:
+    """A damaged number in config.json must not make transformers build for hours or fill the memory."""
     for key, value in table.items():
         if isinstance(value, dict) and key != "quantization_config":
             _check_sizes(folder, value)
-        elif "layer" in key and isinstance(value, int) and value > MAX_LAYERS:
+        limit = MAX_REPEATS if any(word in key for word in REPEATS) else MAX_SIZE
+        if type(value) is int and value > limit and "theta" not in key:
             raise ArtifactError(f"{folder / mf.CONFIG}: {key} = {value} is more than any model has; {AGAIN}.")
 
 

@@ -1,9 +1,10 @@
 """Writing an artifact: all of it or nothing.
 
-Everything goes into a hidden folder beside OUT, is flushed to the disk, and becomes OUT by one rename. An existing OUT stays untouched
-without `force`; with it, the old folder is renamed aside, the new one takes its place, then the old one is deleted, so at every moment
-one whole artifact exists. Tensors are streamed: memory stays at a megabyte whatever the size of the model.
-Equal inputs give byte-identical files (run.json, which holds times and the machine, is the exception).
+Everything goes into a hidden folder beside OUT, is flushed to the disk, and becomes OUT by one rename. An existing OUT
+stays untouched without `force`; with it, the old folder is renamed aside, the new one takes its place, then the old one
+is deleted, so at every moment one whole artifact exists. Tensors are streamed: memory stays at a
+megabyte whatever the size of the model. Equal inputs give byte-identical files (run.json, which holds times and the
+machine, is the exception).
 """
 
 import errno
@@ -59,14 +60,15 @@ def write_artifact(
 ) -> dict[str, Any]:
     """Write the folder OUT and return its manifest (the content of lowbit.json).
 
-    tensors:   safetensors files (one per finished block) and single (name, tensor) pairs; together every tensor, each once
+    tensors:   safetensors files (one per finished block) and single (name, tensor) pairs; together all, each once
     layers:    module -> {"type", "meta", "bias"[, "conv", "error", "sensitivity", "error_rtn"]}; its packed tensors are
                "<module>.<key>" for the keys of the meta. What no layer claims is a plain tensor
     config:    a transformers configuration; None writes an artifact of kind "module"
     source:    {"describe", "fingerprint", "nbytes_float"}
     run:       run.json, the volatile facts. extras: further text files that nothing reads back (report.html)
 
-    Raises ArtifactError where OUT exists (without force), tensors and layers disagree, or the disk is full; then OUT is as it was.
+    Raises ArtifactError where OUT exists (without force), tensors and layers disagree, or the disk is full;
+    then OUT is as it was.
     """
     out = Path(out)
     refuse_existing(out, force)
@@ -109,7 +111,10 @@ def write_artifact(
 
 
 def refuse_existing(out: Path, force: bool) -> None:
-    """Raise ArtifactError if OUT may not be written. Call it before a long computation, too. Completes an interrupted replacement."""
+    """Raise ArtifactError if OUT may not be written. Call it before a long computation, too.
+
+    Undoes a replacement that was interrupted between its two renames.
+    """
     aside = mf.aside_of(out)
     if aside.is_dir() and not os.path.lexists(out):
         os.rename(aside, out)
@@ -132,7 +137,10 @@ def refuse_existing(out: Path, force: bool) -> None:
 def _describe(
     sources: dict[str, Source], layers: Mapping[str, Mapping[str, Any]], tied: dict[str, str]
 ) -> dict[str, Any]:
-    """The manifest's layers, ties and plain tensors, without checksums. Raises ArtifactError on a tensor that does not fit its layer."""
+    """The manifest's layers, ties and plain tensors, without checksums.
+
+    Raises ArtifactError on a tensor that does not fit its layer.
+    """
     table: dict[str, Any] = {}
     claimed: set[str] = set()
     for name, given in layers.items():
@@ -154,8 +162,8 @@ def _describe(
             "tensors": rows,
         }
     plain = {n: s for n, s in sources.items() if n not in claimed}
-    rows = {n: {"shape": list(s.shape), "dtype": NAMES[s.dtype], "bytes": s.nbytes} for n, s in plain.items()}
-    return {"layers": table, "tied": tied, "plain": rows}
+    described = {n: {"shape": list(s.shape), "dtype": NAMES[s.dtype], "bytes": s.nbytes} for n, s in plain.items()}
+    return {"layers": table, "tied": tied, "plain": described}
 
 
 def _write_tensors(folder: Path, sources: dict[str, Source], meta: dict[str, Any]) -> None:

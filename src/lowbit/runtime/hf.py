@@ -1,9 +1,9 @@
 """transformers reads artifacts: `AutoModelForCausalLM.from_pretrained(OUT)` after `import lowbit`.
 
-transformers asks the quantizer named in config.json twice: before the weights are read every packed layer's place is taken by its
-empty tensors, which transformers then fills from model.safetensors; afterwards the real layers are built from them, with the checks
-and sharing that `lowbit.load` has. Checksums are verified first. `register` runs when transformers.quantizers is imported (see
-lowbit/_hook.py), so nothing here imports transformers before the user does.
+transformers asks the quantizer named in config.json twice: before the weights are read every packed layer's place is
+taken by its empty tensors, which transformers then fills from model.safetensors; afterwards the real layers are built
+from them, with the checks and sharing that `lowbit.load` has. Checksums are verified first. `register` runs when
+transformers.quantizers is imported (see lowbit/_hook.py), so nothing here imports transformers before the user does.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from lowbit.errors import ArtifactError
 from lowbit.runtime import manifest as mf
 from lowbit.runtime import swap
 from lowbit.runtime.safetensors_io import read_header
+from lowbit.runtime.strict_json import AGAIN
 
 METHOD = "lowbit"
 
@@ -57,7 +58,7 @@ def checked_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _classes() -> tuple[type, type]:
+def _classes() -> tuple[Any, Any]:
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -72,7 +73,7 @@ def _classes() -> tuple[type, type]:
             tied: Any = None,
             **_: Any,
         ):
-            self.quant_method = METHOD
+            self.quant_method: Any = METHOD
             self.format_version = format_version
             self.activations = activations
             self.layers = layers or {}
@@ -81,6 +82,7 @@ def _classes() -> tuple[type, type]:
     class LowbitQuantizer(HfQuantizer):
         """Reads artifacts; compressing is `lowbit compress`."""
 
+        quantization_config: Any
         manifest: dict[str, Any]
         asked_dtype: Any = None
 
@@ -99,6 +101,10 @@ def _classes() -> tuple[type, type]:
             return None if self.asked_dtype == self.own_dtype else super().get_new_dtype(converter, param, dtype)
 
         def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
+            if checkpoint_files and [Path(f).name for f in checkpoint_files] != [mf.WEIGHTS]:
+                raise ArtifactError(
+                    f"config.json sends transformers to {checkpoint_files[0]}, not to {mf.WEIGHTS}; {AGAIN}."
+                )
             folder = artifact_folder(checkpoint_files[0] if checkpoint_files else None, model.config)
             self.manifest = checked_manifest(folder)
             self.own_dtype = own_dtype(mf.check_config(self.manifest, folder))

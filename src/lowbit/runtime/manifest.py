@@ -1,14 +1,17 @@
 """lowbit.json: what an artifact consists of, with a checksum for everything, its own text included.
 
-    {"format_version": 1, "lowbit_version", "checksum", "kind": "transformers" | "module", "auto_class", "recipe", "seed", "versions", "source",
-     "layers": {module: {"type", "meta", "bias", "bytes", "bits_per_weight", "error", "sensitivity", "error_rtn", "tensors": {key: {"bytes", "sha256"}}, "conv"?}},
+    {"format_version": 1, "lowbit_version", "checksum", "kind": "transformers" | "module", "auto_class",
+     "recipe", "seed", "versions", "source",
+     "layers": {module: {"type", "meta", "bias", "bytes", "bits_per_weight", "error", "sensitivity", "error_rtn",
+                         "tensors": {key: {"bytes", "sha256"}}, "conv"?}},
      "tied":   {module: the module whose packed tensors it shares},
      "plain":  {tensor: {"shape", "dtype", "bytes", "sha256"}},
      "summary": {"bits_per_weight", "bits_per_weight_file", "bytes", "weights", "float_bytes"},
      "files":  {name: {"bytes", "sha256"}}}
 
-`checksum` is the SHA-256 of the file's own bytes with these 64 digits replaced by zeros. What decides the weights' values (layers and
-ties) stands a second time in config.json, and the two must agree. Times and machines stay out: equal inputs give equal bytes.
+`checksum` is the SHA-256 of the file's own bytes with these 64 digits replaced by zeros. What decides the weights'
+values (layers and ties) stands a second time in config.json, and the two must agree. Times and machines stay out: equal
+inputs give equal bytes.
 """
 
 import hashlib
@@ -37,8 +40,9 @@ CONV_KEYS = ("stride", "padding", "dilation", "groups", "padding_mode")
 ZEROS = "0" * 64
 
 _TOP = {
-    "format_version": int, "lowbit_version": str, "checksum": str, "kind": str, "auto_class": (str, type(None)), "recipe": dict, "seed": int,
-    "versions": dict, "source": dict, "layers": dict, "tied": dict, "plain": dict, "summary": dict, "files": dict,
+    "format_version": int, "lowbit_version": str, "checksum": str, "kind": str, "auto_class": (str, type(None)),
+    "recipe": dict, "seed": int, "versions": dict, "source": dict, "layers": dict, "tied": dict,
+    "plain": dict, "summary": dict, "files": dict,
 }  # fmt: skip
 _LAYER = {"type": str, "meta": dict, "bias": bool, "bytes": int, "bits_per_weight": (int, float), "tensors": dict}
 _STORED = {"bytes": int, "sha256": str}
@@ -46,7 +50,7 @@ _PLAIN = _STORED | {"shape": list, "dtype": str}
 
 
 def load_manifest(path: "Path | str") -> dict[str, Any]:
-    """lowbit.json of an artifact folder, its checksum verified and every number in it cross-checked. Other files are not touched.
+    """lowbit.json of an artifact folder, checksum verified, every number cross-checked. Other files are not touched.
 
     Raises ArtifactError.
     """
@@ -66,8 +70,8 @@ def load_manifest(path: "Path | str") -> dict[str, Any]:
     ):
         maker = manifest.get("lowbit_version")
         raise ArtifactError(
-            f"{path} has artifact format {manifest['format_version']}, written by lowbit {maker}; this lowbit reads up to "
-            f"{FORMAT_VERSION}: pip install -U 'lowbit>={maker}'."
+            f"{path} has artifact format {manifest['format_version']}, written by lowbit {maker}; this one "
+            f"reads up to {FORMAT_VERSION}: pip install -U 'lowbit>={maker}'."
         )
     try:
         _fields(manifest, _TOP, NAME)
@@ -163,8 +167,8 @@ def sha256_file(path: Path) -> str:
 def summarize(layers: dict[str, Any], plain: dict[str, Any], float_bytes: int | None = None) -> dict[str, Any]:
     """Sizes counted from the stored bytes.
 
-    bits_per_weight is over the compressed layers inside blocks (those with a number in their name; without any, all), embeddings
-    excluded; bits_per_weight_file over every stored byte and weight.
+    bits_per_weight is over the compressed layers inside blocks (those with a number in their name; without any, all),
+    embeddings excluded; bits_per_weight_file over every stored byte and weight.
     """
     weights = {name: prod(row["meta"]["shape"]) for name, row in layers.items()}
     inner = [n for n, row in layers.items() if row["type"] != "embedding"]
@@ -310,7 +314,10 @@ def _need(condition: bool, message: str) -> None:
 def _no_folder(path: Path) -> str:
     aside = aside_of(path)
     if aside.is_dir():
-        return f"{path} is missing: replacing it was interrupted. The earlier artifact is {aside}; rename it back, or re-run lowbit compress."
+        return (
+            f"{path} is missing: replacing it was interrupted. The earlier artifact is {aside}; "
+            "rename it back, or re-run lowbit compress."
+        )
     return f"{path} is not a folder; give the folder that lowbit compress wrote."
 
 

@@ -1,9 +1,9 @@
 """safetensors files, read and written one tensor at a time, every number checked.
 
-    u64 header length | JSON {name: {dtype, shape, data_offsets: [begin, end]}} padded with spaces | tensor bytes without gaps
+    u64 header length | JSON {name: {dtype, shape, data_offsets: [begin, end]}}, padded | tensor bytes without gaps
 
-Written here so that several finished blocks can be streamed into one file without holding the model; read here so that a
-tensor owns its memory (no memory map) and its checksum is taken from the very bytes that are used.
+Written here so that several finished blocks can be streamed into one file without holding the model; read here so that
+a tensor owns its memory (no memory map) and its checksum is taken from the very bytes that are used.
 Order of tensors: widest element first, then by name, so every tensor is aligned and equal inputs give equal bytes.
 Source: the safetensors format description (huggingface/safetensors README).
 """
@@ -135,8 +135,10 @@ def write_safetensors(sources: dict[str, Source], write: Callable[[bytes | memor
 
 
 def read_header(path: Path) -> Header:
-    """The table of a file. Raises ArtifactError unless every offset, shape and dtype agrees with the file's size, without
-    gaps or overlaps."""
+    """The table of a file.
+
+    Raises ArtifactError unless every offset, shape and dtype agrees with the file's size, without gaps or overlaps.
+    """
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -156,10 +158,10 @@ def read_header(path: Path) -> Header:
         raise ArtifactError(f"{path}: the header is damaged ({e}); {AGAIN}.") from e
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
     at = 0
-    for name, e in entries.items():
-        if e.begin != at:
-            raise ArtifactError(f"{path}: tensor {name!r} begins at byte {e.begin}, not {at}; {AGAIN}.")
-        at = e.end
+    for name, entry in entries.items():
+        if entry.begin != at:
+            raise ArtifactError(f"{path}: tensor {name!r} begins at byte {entry.begin}, not {at}; {AGAIN}.")
+        at = entry.end
     if 8 + n + at != size:
         raise ArtifactError(f"{path}: the file has {size} bytes, its header describes {8 + n + at}; {AGAIN}.")
     return Header(entries, 8 + n, at)
@@ -168,7 +170,7 @@ def read_header(path: Path) -> Header:
 def read_tensors(
     path: Path, header: Header, on_bytes: Callable[[bytes | memoryview], object] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) in file order, each in memory of its own. on_bytes sees every byte of the file once, header included.
+    """(name, tensor) in file order, each in memory of its own. on_bytes sees every byte once, header included.
 
     Raises ArtifactError if the file ends early.
     """
@@ -201,7 +203,8 @@ def merge(parts: Iterable["Path | tuple[str, Tensor]"]) -> dict[str, Source]:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """A view of a contiguous CPU tensor's memory."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat) if flat.size else memoryview(b"")
 
 
 def _read_into(file: BinaryIO, view: memoryview, path: Path) -> None:

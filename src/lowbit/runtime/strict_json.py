@@ -1,4 +1,4 @@
-"""JSON from files that are not trusted: bounded in size and depth, without duplicate keys, NaN or numbers without end."""
+"""JSON from files that are not trusted: bounded in size and depth, no duplicate keys, no NaN."""
 
 import json
 from pathlib import Path

@@ -18,8 +18,10 @@ ELSEWHERE = "check that the architecture is the one that was compressed, or re-r
 
 
 class Awaiting(nn.Module):
-    """Holds the place of a packed layer while transformers reads its tensors: buffers without memory, the bias, and what
-    else the packed layer takes from the float one."""
+    """Holds the place of a packed layer while transformers reads its tensors.
+
+    Buffers without memory, the bias, and what else the packed layer takes from the float one.
+    """
 
     def __init__(self, float_layer: nn.Module, specs: dict[str, Any]):
         super().__init__()
@@ -46,10 +48,11 @@ def pack_layer(
 
 
 def kind_of(module: nn.Module) -> "str | None":
-    """ "linear", "embedding", "conv2d", transformers' "conv1d", or None where a packed layer would compute something else."""
+    """ "linear", "embedding", "conv2d", transformers' "conv1d"; None where a packed layer would compute otherwise."""
     if isinstance(module, Awaiting):
         return module.kind
-    for kind, cls in FLOAT.items():
+    classes: dict[str, Any] = FLOAT
+    for kind, cls in classes.items():
         if isinstance(module, cls) and type(module).forward is cls.forward:
             return kind
     return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
@@ -111,9 +114,10 @@ def install(
     tensors_of: Callable[[str], dict[str, Tensor]],
     activations: str = "float",
 ) -> None:
-    """Replace every layer (checked before) by its packed form; tied ones share the tensors. Raises ArtifactError on impossible codes.
+    """Replace every layer (checked before) by its packed form; tied ones share the tensors.
 
     tensors_of: layer name -> its stored tensors by key. Biases stay the modules' own parameters.
+    Raises ArtifactError on impossible codes.
     """
     packed: dict[str, QuantizedTensor] = {}
     for name, row in manifest["layers"].items():
