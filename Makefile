@@ -31,7 +31,7 @@ test: $(STAMP)  ## the fast tests, about a minute
 	$(PYTEST)
 
 test-all: $(STAMP)  ## every test, slow ones included, and the kernel tests once more on the scalar rows
-	LOWBIT_ISA=scalar $(PYTEST) tests/runtime
+	LOWBIT_ISA=scalar $(PYTEST) tests/kernels tests/runtime
 	$(PYTEST) -m "slow or not slow"
 
 build: $(STAMP)  ## install, and compile the kernels again where they changed
@@ -48,16 +48,22 @@ fix: $(STAMP)  ## format, and repair what can be repaired
 wheel:  ## build a wheel, install it into a bare environment of its own and run it there
 	rm -rf build/wheel-venv dist/*.whl
 	$(PYTHON) -m venv build/wheel-venv
-	build/wheel-venv/bin/python -m pip wheel -q --no-deps -w dist -C build-dir=build/wheel .
+	build/wheel-venv/bin/python -m pip wheel -q --no-deps -w dist --config-settings=build-dir=build/wheel .
 	build/wheel-venv/bin/python -m pip install -q "numpy>=1.26" $(TORCH)
 	build/wheel-venv/bin/python -m pip install -q dist/lowbit-*.whl
 	cd build/wheel-venv && bin/lowbit doctor && bin/python ../../.ci/check_wheel.py
 	rm -rf build/wheel-venv
 
-sanitize: $(STAMP)  ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=RelWithDebInfo -DLOWBIT_SANITIZE=ON
-	$(BIN)/cmake --build build/sanitize
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+# A second environment that borrows the packages of the first and holds a kernel build of its own.
+# The preloaded libraries: a Python that was not built with the sanitizers must load their runtime first.
+sanitize: $(STAMP)  ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
+	rm -rf build/sanitize-venv build/sanitize-dist
+	$(PY) -m venv --without-pip build/sanitize-venv
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > `build/sanitize-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/borrowed.pth
+	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w build/sanitize-dist --config-settings=build-dir=build/sanitize --config-settings=cmake.define.LOWBIT_SANITIZE=ON .
+	$(PY) -m pip --python build/sanitize-venv/bin/python install -q --no-deps build/sanitize-dist/*.whl
+	LD_PRELOAD="`c++ -print-file-name=libasan.so` `c++ -print-file-name=libstdc++.so`" ASAN_OPTIONS=detect_leaks=0 \
+	  build/sanitize-venv/bin/python -m pytest -q -p no:cacheprovider tests/kernels
 
 clean:  ## remove environments, builds and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

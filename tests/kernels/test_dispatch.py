@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.reference import ROWS, problem
 from lowbit.errors import KernelError
 from lowbit.runtime import kernels
+from tests.kernels.reference import ROWS, problem
 
 
 def test_scalar_is_always_there_and_last() -> None:

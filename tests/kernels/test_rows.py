@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.reference import ROWS, Problem, float_bound, problem
 from lowbit.errors import KernelError
 from lowbit.runtime import kernels
+from tests.kernels.reference import ROWS, Problem, float_bound, problem
 
 # (M, N, K, groups, tables): nothing, one, odd, ragged, groups not on vector or byte borders, long groups cut in blocks
 SHAPES = [

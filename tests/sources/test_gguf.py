@@ -4,12 +4,12 @@ import struct
 from pathlib import Path
 
 import pytest
-import tiny_models as tiny
 import torch
 
 from lowbit.errors import ModelError
 from lowbit.sources import fill, open_model
 from lowbit.sources.gguf_header import config_stub, read_header
+from tests.sources import tiny_models as tiny
 
 
 @pytest.fixture

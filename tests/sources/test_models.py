@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_models as tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import ModelError
 from lowbit.sources import check_finite, drop, fill, models, new_skeleton, open_model, skeleton
+from tests.sources import tiny_models as tiny
 
 KINDS = list(tiny.CONFIGS)
 IDS = torch.arange(12)[None] * 5 % tiny.VOCAB

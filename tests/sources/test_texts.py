@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import tiny_models as tiny
 import torch
 
 from lowbit.errors import DataError
 from lowbit.sources import check_tokenizer, read_text, token_ids, token_windows
+from tests.sources import tiny_models as tiny
 
 LINES = "".join(f"line {i} of many\n" for i in range(101))
 
