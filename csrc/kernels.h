@@ -10,10 +10,12 @@
 #include <stdexcept>
 #include <string>
 
+#if !defined(LOWBIT_X86)  // -DLOWBIT_X86=0 builds the scalar rows alone
 #if defined(__x86_64__) || defined(_M_X64)
 #define LOWBIT_X86 1
 #else
 #define LOWBIT_X86 0
+#endif
 #endif
 
 namespace lowbit {

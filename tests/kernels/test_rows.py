@@ -1,5 +1,9 @@
 """Every row of the kernel table against slow float64 numpy: all widths, odd shapes, extremes, threads, memory."""
 
+import ctypes
+import mmap
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -219,3 +223,29 @@ def test_wrong_outputs_are_refused() -> None:
     for shape in ((2, 5), (1, 6), (6, 2)):
         with pytest.raises(ValueError, match="y has shape"):
             kernels._extension().linear_float(*p.float_args, torch.zeros(shape), 1, "")
+
+
+@EVERY
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect through ctypes")
+def test_no_load_leaves_a_buffer(isa: str) -> None:
+    """Every input ends where an unreadable page begins: one byte read too far ends the process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    keep = []
+
+    def at_the_edge(t: torch.Tensor) -> torch.Tensor:
+        size = -(-max(t.nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        room = mmap.mmap(-1, size + mmap.PAGESIZE)
+        keep.append(room)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+        assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+        array = np.frombuffer(room, dtype=np.uint8, count=t.nbytes, offset=size - t.nbytes)
+        return torch.from_numpy(array).view(t.dtype).view(t.shape).copy_(t)
+
+    for bits in range(1, 9):
+        for k, groups in ((1, 1), (37, 1), (64, 2), (129, 3), (300, 1)):
+            p = problem(bits, 3, 5, k, groups)
+            want = [linear_float(p, isa), linear_int8(p, isa), decode(p, isa)]
+            for name in ("x", "codes", "table", "levels", "scale", "zero"):
+                setattr(p, name, at_the_edge(getattr(p, name)))
+            for a, b in zip(want, [linear_float(p, isa), linear_int8(p, isa), decode(p, isa)]):
+                assert np.array_equal(a, b)
