@@ -42,9 +42,11 @@ class Grid(NamedTuple):
     table: "Tensor | None" = None
 
     def __getitem__(self, at: Any) -> Any:
-        """A sub-grid: the same selection of blocks from each member (a plain int still picks the member)."""
-        if isinstance(at, int):
-            return tuple.__getitem__(self, at)
+        """`take` for a selection of blocks; a plain int picks the member, as of any tuple."""
+        return tuple.__getitem__(self, at) if isinstance(at, int) else self.take(at)
+
+    def take(self, at: Any) -> "Grid":
+        """A sub-grid: the same selection of blocks (slice, mask or index tensor) from each member."""
         scale, zero, table = self
         return Grid(scale[at], None if zero is None else zero[at], None if table is None else table[at])
 

@@ -188,8 +188,7 @@ class QuantizedTensor:
             return part.tensors["values"].float()
         grid, codes = self.grid(i), self.part_codes(i)
         row = mask.nonzero()[:, 0] if part.format.blocks.rows == 1 else torch.zeros_like(codes, dtype=torch.int64)
-        of_each: Grid = grid[row]
-        return decode(codes.reshape(-1, 1), of_each, part.format).reshape(-1)
+        return decode(codes.reshape(-1, 1), grid.take(row), part.format).reshape(-1)
 
 
 def quantize(
