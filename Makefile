@@ -12,6 +12,7 @@ VENV   ?= .venv
 
 BIN    := $(VENV)/bin
 PY     := $(BIN)/python
+DEPS   := $(VENV)/.dependencies
 STAMP  := $(VENV)/.installed
 NATIVE := $(wildcard CMakeLists.txt csrc/*) $(wildcard csrc/*/*)
 PYTEST := $(PY) -m pytest -q
@@ -63,7 +64,7 @@ sanitize: $(STAMP)  ## the kernel tests under AddressSanitizer and UndefinedBeha
 	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w build/sanitize-dist --config-settings=build-dir=build/sanitize --config-settings=cmake.define.LOWBIT_SANITIZE=ON .
 	$(PY) -m pip --python build/sanitize-venv/bin/python install -q --no-deps build/sanitize-dist/*.whl
 	LD_PRELOAD="`c++ -print-file-name=libasan.so` `c++ -print-file-name=libstdc++.so`" ASAN_OPTIONS=detect_leaks=0 \
-	  build/sanitize-venv/bin/python -m pytest -q -p no:cacheprovider tests/kernels
+	  build/sanitize-venv/bin/python -m pytest -q -p no:cacheprovider --capture=sys tests/kernels
 
 clean:  ## remove environments, builds and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -71,10 +72,14 @@ clean:  ## remove environments, builds and caches
 
 # torch goes first: a plain requirement could otherwise bring a build with several GB of GPU libraries.
 # The build tools live in the environment, so that a change in one kernel compiles that kernel only.
-$(STAMP): pyproject.toml $(NATIVE)
+$(DEPS): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 13) else "lowbit needs Python 3.10 to 3.13: say which with make PYTHON=...")'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q "numpy>=1.26" $(TORCH)
 	$(PY) -m pip install -q "scikit-build-core>=0.11" "nanobind>=2.4" "cmake>=3.20" ninja
 	$(PY) -m pip install -q --no-build-isolation -e ".[dev]"
+	@touch $@
+
+$(STAMP): $(DEPS) $(NATIVE)
+	$(PY) -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
