@@ -74,9 +74,20 @@ def block_calls(model: nn.Module, blocks: nn.ModuleList, batch: dict[str, Tensor
         except (IndexError, RuntimeError, ValueError, TypeError):
             if as_tuple or not calls:
                 raise
+        calls = [_without_cache(args, kwargs) for args, kwargs in calls]
         if len(calls) == len(blocks) and all(c[0][0].shape == calls[0][0][0].shape for c in calls):
             return calls
     raise ModelError(f"{type(model).__name__} does not call its {len(blocks)} blocks one after the other; it cannot be walked.")
+
+
+def _without_cache(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A call that remembers nothing: a key-value cache would grow with every pass over the block."""
+    clean = {k: None if _is_cache(v) else False if k == "use_cache" else v for k, v in kwargs.items()}
+    return tuple(None if _is_cache(a) else a for a in args), clean
+
+
+def _is_cache(value: Any) -> bool:
+    return type(value).__name__.endswith("Cache")
 
 
 def _recorder(calls: list, n: int, as_tuple: bool) -> Callable:
