@@ -263,11 +263,16 @@ def test_the_summary_line_tells_format_and_bits() -> None:
 
 
 def test_gradients_reach_the_input() -> None:
-    layer, x = packed("uint4-g16"), torch.randn(3, 96, requires_grad=True)
+    w = torch.randn(20, 96)
+    qt = with_outliers(quantize(w, Format.parse("uint4-g16")), w)
+    layer, x = PackedLinear.from_quantized(qt), torch.randn(3, 96, requires_grad=True)
     layer(x).square().sum().backward()
     other = x.detach().clone().requires_grad_()
-    F.linear(other, layer.dequantize(), layer.bias).square().sum().backward()
-    assert close(x.grad, other.grad)
+    F.linear(other, layer.dequantize()).square().sum().backward()
+    assert x.grad is not None and other.grad is not None and close(x.grad, other.grad)
+    layer.activations = "int8"
+    with pytest.raises(KernelError, match="set_activations"):
+        layer(x).sum().backward()
 
 
 def _samples() -> dict[str, tuple]:
@@ -288,8 +293,8 @@ def _samples() -> dict[str, tuple]:
 def test_operators_keep_torchs_rules(name: str) -> None:
     args = _samples()[name]
     torch.library.opcheck(getattr(torch.ops.lowbit, name).default, args)
-    if name == "linear_float":
-        torch.library.opcheck(torch.ops.lowbit.linear_float.default, (args[0].clone().requires_grad_(), *args[1:]))
+    if name in ("linear_float", "sparse_linear"):
+        torch.library.opcheck(getattr(torch.ops.lowbit, name).default, (args[0].clone().requires_grad_(), *args[1:]))
 
 
 @pytest.mark.parametrize("activations", ["float", "int8"])

@@ -10,6 +10,7 @@
 x: (..., K) of any float dtype; computed in float32; y: (..., N) in x's dtype. Packed arguments as in `kernels`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,20 +19,37 @@ from torch import Tensor
 from lowbit.errors import KernelError
 from lowbit.runtime import kernels
 
+_PACKED = "Tensor codes, Tensor {table}, Tensor scale, Tensor zero, int bits"
 
-@torch.library.custom_op("lowbit::linear_float", mutates_args=(), device_types="cpu")
+
+def _operator(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Define an operator of the namespace `lowbit` whose CPU kernel is the decorated function; returns the operator.
+
+    What torch.library.custom_op does, without its import of the compiler at the first call, which takes seconds.
+    """
+
+    def register(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        name = f"lowbit::{kernel.__name__}"
+        torch.library.define(name, f"({schema}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+        torch.library.impl(name, "cpu", kernel)
+        return getattr(torch.ops.lowbit, kernel.__name__)
+
+    return register
+
+
+@_operator("Tensor x, " + _PACKED.format(table="table"))
 def linear_float(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """y (..., N) = x (..., K) @ w_hat.T. Raises KernelError where sizes contradict each other."""
     return _unflat(kernels.linear_float(_flat(x), codes, table, scale, zero, bits), x)
 
 
-@torch.library.custom_op("lowbit::linear_int8", mutates_args=(), device_types="cpu")
+@_operator("Tensor x, " + _PACKED.format(table="levels"))
 def linear_int8(x: Tensor, codes: Tensor, levels: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """`linear_float` with int8 activations and an int8 level table (see `int8_levels`). Not differentiable."""
     return _unflat(kernels.linear_int8(_flat(x), codes, levels, scale, zero, bits), x)
 
 
-@torch.library.custom_op("lowbit::embedding", mutates_args=(), device_types="cpu")
+@_operator("Tensor ids, " + _PACKED.format(table="table") + ", int columns")
 def embedding(
     ids: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int
 ) -> Tensor:
@@ -40,7 +58,7 @@ def embedding(
     return kernels.decode(codes, table, scale, zero, bits, columns, flat).reshape(*ids.shape, columns)
 
 
-@torch.library.custom_op("lowbit::sparse_linear", mutates_args=(), device_types="cpu")
+@_operator("Tensor x, Tensor row, Tensor col, Tensor value, int out_features")
 def sparse_linear(x: Tensor, row: Tensor, col: Tensor, value: Tensor, out_features: int) -> Tensor:
     """y (..., out_features) = x @ E.T, E[row, col] = value (float32), zero elsewhere; entries in row-major order."""
     flat = _flat(x)
@@ -50,22 +68,22 @@ def sparse_linear(x: Tensor, row: Tensor, col: Tensor, value: Tensor, out_featur
     return _unflat(torch.sparse.mm(e, flat.T).T.contiguous(), x)
 
 
-@linear_float.register_fake
+@torch.library.register_fake("lowbit::linear_float")
 def _(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-@linear_int8.register_fake
+@torch.library.register_fake("lowbit::linear_int8")
 def _(x: Tensor, codes: Tensor, levels: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
-@embedding.register_fake
+@torch.library.register_fake("lowbit::embedding")
 def _(ids: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int) -> Tensor:
     return scale.new_empty(*ids.shape, columns)
 
 
-@sparse_linear.register_fake
+@torch.library.register_fake("lowbit::sparse_linear")
 def _(x: Tensor, row: Tensor, col: Tensor, value: Tensor, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
@@ -84,7 +102,25 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple:
     return grad @ w_hat.to(grad.dtype), None, None, None, None, None
 
 
-linear_float.register_autograd(_linear_backward, setup_context=_keep_packed)
+def _keep_entries(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.columns = inputs[0].shape[-1]
+    ctx.save_for_backward(*inputs[1:4])
+
+
+def _sparse_backward(ctx: Any, grad: Tensor) -> tuple:
+    row, col, value = ctx.saved_tensors
+    order = torch.argsort(col, stable=True)  # the transposed entries in row-major order
+    dx = torch.ops.lowbit.sparse_linear(grad, col[order], row[order], value[order], ctx.columns)
+    return dx, None, None, None, None
+
+
+def _no_backward(ctx: Any, grad: Tensor) -> tuple:
+    raise KernelError('int8 activations have no gradient: call lowbit.runtime.set_activations(model, "float") first.')
+
+
+torch.library.register_autograd("lowbit::linear_float", _linear_backward, setup_context=_keep_packed)
+torch.library.register_autograd("lowbit::sparse_linear", _sparse_backward, setup_context=_keep_entries)
+torch.library.register_autograd("lowbit::linear_int8", _no_backward)
 
 
 class Int8Levels(NamedTuple):
