@@ -42,7 +42,8 @@ def test_a_shared_embedding_is_stored_once_and_shared_again(tmp_path: Path) -> N
     model: Any = load(tmp_path / "out")
     assert model.lm_head.codes is model.model.embed_tokens.codes
     assert type(model.lm_head).__name__ == "PackedLinear"
-    model.tie_weights()  # transformers calls it in places; there is nothing left to tie
+    if hasattr(model, "all_tied_weights_keys"):  # transformers 5 ties again in places: nothing is left to tie
+        model.tie_weights()
 
 
 def test_a_shared_plain_bias_stays_one_parameter(tmp_path: Path) -> None:

@@ -31,13 +31,15 @@ SLACK = 1 << 20  # room for what is not known beforehand, beside the tensors: JS
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LAYER_KEYS = ("type", "meta", "bias", "conv")
 LAYER_NOTES = ("error", "sensitivity", "error_rtn")
+# where a model lay and how transformers ran it, not what it is
 LOCAL_KEYS = (
     "_name_or_path",
     "name_or_path",
     "_commit_hash",
+    "_attn_implementation_autoset",
     "local_files_only",
     "is_local",
-)  # where a model lay, not what it is
+)
 
 
 def write_artifact(

@@ -12,7 +12,7 @@ from typing import Any
 from lowbit.errors import ArtifactError
 from lowbit.runtime import manifest as mf
 from lowbit.runtime import swap
-from lowbit.runtime.safetensors_io import read_header
+from lowbit.runtime.safetensors_io import read_header, read_tensor
 from lowbit.runtime.strict_json import AGAIN
 
 METHOD = "lowbit"
@@ -105,21 +105,25 @@ def _classes() -> tuple[Any, Any]:
                 raise ArtifactError(
                     f"config.json sends transformers to {checkpoint_files[0]}, not to {mf.WEIGHTS}; {AGAIN}."
                 )
-            folder = artifact_folder(checkpoint_files[0] if checkpoint_files else None, model.config)
-            self.manifest = checked_manifest(folder)
-            self.own_dtype = own_dtype(mf.check_config(self.manifest, folder))
+            self.folder = artifact_folder(checkpoint_files[0] if checkpoint_files else None, model.config)
+            self.manifest = checked_manifest(self.folder)
+            self.own_dtype = own_dtype(mf.check_config(self.manifest, self.folder))
             swap.check_layers(model, self.manifest)
             swap.reserve(model, self.manifest)
             swap.untie(model, self.manifest)
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            swap.install(
-                model,
-                self.manifest,
-                lambda name: dict(model.get_submodule(name).named_buffers()),
-                self.quantization_config.activations,
-            )
+            path, header = self.folder / mf.WEIGHTS, read_header(self.folder / mf.WEIGHTS)
+
+            def tensors_of(name: str) -> dict[str, Any]:
+                buffers = dict(model.get_submodule(name).named_buffers())
+                for key, t in buffers.items():  # transformers 4 casts every float tensor to the model's dtype
+                    if t.dtype != header.entries[f"{name}.{key}"].dtype:
+                        buffers[key] = read_tensor(path, header, f"{name}.{key}").to(t.device)
+                return buffers
+
+            swap.install(model, self.manifest, tensors_of, self.quantization_config.activations)
             return model.eval()
 
         def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

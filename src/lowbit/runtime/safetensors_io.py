@@ -187,6 +187,16 @@ def read_tensors(
             yield name, tensor
 
 
+def read_tensor(path: Path, header: Header, name: str) -> Tensor:
+    """One tensor, in memory of its own. Raises ArtifactError if the file ends early."""
+    entry = header.entries[name]
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    with open(path, "rb") as file:
+        file.seek(header.data_start + entry.begin)
+        _read_into(file, bytes_of(tensor), path)
+    return tensor
+
+
 def merge(parts: Iterable["Path | tuple[str, Tensor]"]) -> dict[str, Source]:
     """Sources from files and single tensors. Raises ArtifactError when two give the same name."""
     merged: dict[str, Source] = {}
