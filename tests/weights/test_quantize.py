@@ -7,8 +7,19 @@ from lowbit.errors import FormatError, RecipeError
 from lowbit.weights import Quantize
 
 FORMATS = [
-    "int8-channel", "int4-channel", "uint3-g12", "uint3-g12-zreal", "ternary-channel", "ternary-tensor", "binary-channel",
-    "pot3nz-channel", "nf4-g12-fp32", "kmeans2-channel", "fp4_e2m1-tile2x12", "int4-g12-double", "int4-channel-lstsq",
+    "int8-channel",
+    "int4-channel",
+    "uint3-g12",
+    "uint3-g12-zreal",
+    "ternary-channel",
+    "ternary-tensor",
+    "binary-channel",
+    "pot3nz-channel",
+    "nf4-g12-fp32",
+    "kmeans2-channel",
+    "fp4_e2m1-tile2x12",
+    "int4-g12-double",
+    "int4-channel-lstsq",
 ]
 
 

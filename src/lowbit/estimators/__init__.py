@@ -1,7 +1,7 @@
 """Estimators: how a gradient passes a rounding. One file each; the folder is the table.
 
-    estimator("identity")        by name, or an Estimator of your own
-    through(x, projected, slope)     the straight-through step they all share
+estimator("identity")        by name, or an Estimator of your own
+through(x, projected, slope)     the straight-through step they all share
 """
 
 from functools import lru_cache

@@ -46,7 +46,8 @@ class _Through(torch.autograd.Function):
 def through(x: Tensor, projected: Tensor, slope: Tensor | None = None) -> Tensor:
     """`projected` in the forward pass, grad * slope to `x` in the backward pass (slope None: 1).
 
-    x, projected, slope: one shape. The values are exactly `projected`: `x + (projected - x)` would be off by an ulp here and there.
+    x, projected, slope: one shape. The values are exactly `projected`: `x + (projected - x)` would be off by an ulp
+    here and there.
 
     >>> x = torch.tensor([0.3, -2.0], requires_grad=True)
     >>> y = through(x, torch.tensor([1.0, -1.0]), torch.tensor([1.0, 0.0]))

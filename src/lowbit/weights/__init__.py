@@ -1,4 +1,4 @@
-"""Weight functions: `torch.nn.utils.parametrize` modules put on a weight. They train with the model and fold into packed codes."""
+"""Weight functions: parametrizations put on a weight. They train with the model and fold into packed codes."""
 
 from lowbit.weights.quantize import Quantize
 

@@ -29,7 +29,9 @@ class Quantize(nn.Module):
         self.format = fmt if isinstance(fmt, Format) else Format.parse(fmt)
         self.estimator = find_estimator(estimator)
         if self.format.rounding == "stochastic":
-            raise FormatError(f"{self.format}: stochastic rounding gives another weight on every call. Use ties to even.")
+            raise FormatError(
+                f"{self.format}: stochastic rounding gives another weight on every call. Use ties to even."
+            )
 
     def forward(self, w: Tensor) -> Tensor:
         """w (out, ...) -> w_hat of the same shape and dtype. The grid is a constant in the backward pass."""
@@ -50,7 +52,8 @@ class Quantize(nn.Module):
     def _grid(self, matrix: Tensor) -> tuple[Tensor, Grid]:
         """Blocks of the matrix and their grid, in the precision a file keeps (scales come so from `fit`)."""
         blocks = self.format.blocks.split(matrix)
-        scale, zero, table = tuple(fit(blocks, self.format))
+        grid = fit(blocks, self.format)
+        scale, zero, table = grid.scale, grid.zero, grid.table
         zero = zero.half().float() if zero is not None and self.format.zero == "real" else zero
         return blocks, Grid(scale, zero, None if table is None else table.half().float())
 

@@ -1,0 +1,143 @@
+"""Compress a model and write the artifact.
+
+MODEL is a .gguf file, a folder with safetensors, or a Hugging Face name. The float model is read one block at a time.
+A run that was stopped goes on from the last finished block when the same command is typed again.
+
+    lowbit compress model.gguf -o out --method gptq --bits 4 --group 64 --data "valid.txt[:50%]"
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowbit.cli._progress import CompressProgress
+from lowbit.cli._shell import Json, shell
+from lowbit.cli._values import parse_settings, parse_size
+from lowbit.report.words import number, size_words, time_words
+
+ORDER = 20
+METHOD = "How to quantize"
+DATA = "Calibration"
+RUN = "The run"
+
+Bits = Annotated[int | None, typer.Option(min=1, max=8, help="Bits per code (4).", rich_help_panel=METHOD)]
+
+
+def run(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A .gguf file, a model folder or a Hugging Face name.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must not exist.")],
+    method: Annotated[str | None, typer.Option(help="See `lowbit methods` (gptq).", rich_help_panel=METHOD)] = None,
+    bits: Bits = None,
+    group: Annotated[
+        int | None, typer.Option(help="Weights that share a scale; -1 for a whole row (64).", rich_help_panel=METHOD)
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="A format instead of bits and group, e.g. nf4-g64.", rich_help_panel=METHOD)
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A YAML recipe; options typed beside it win.", rich_help_panel=METHOD)
+    ] = None,
+    embed_bits: Annotated[
+        int | None, typer.Option(help="Bits of embeddings and output head; 16 leaves them (8).", rich_help_panel=METHOD)
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(help="How packed layers read their input: float or int8 (float).", rich_help_panel=METHOD),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.", rich_help_panel=METHOD),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text: a file, a folder, Parquet, a dataset; a part as FILE[:50%].", rich_help_panel=DATA),
+    ] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows of text (24).", rich_help_panel=DATA)] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window (512).", rich_help_panel=DATA)] = None,
+    seed: Annotated[int | None, typer.Option(help="Which windows are taken (0).", rich_help_panel=DATA)] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A tokenizer's folder, if not the model's own.", rich_help_panel=DATA),
+    ] = None,
+    max_ram: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Refuse to need more, e.g. 8GB.", rich_help_panel=RUN)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.", rich_help_panel=RUN)] = False,
+    as_json: Json = False,
+) -> None:
+    sh = shell()
+    _check_choices(bits, group, format, activations)
+    options = parse_settings(settings)
+    ceiling = parse_size(max_ram) if max_ram is not None else None
+    sh.hint_on_interrupt = (
+        f"Finished blocks are kept in {out}.partial: type the same command again to go on from there."
+    )
+    from lowbit.api import compress_model
+
+    how = {
+        "recipe": recipe,
+        "method": method,
+        "bits": bits,
+        "group": group,
+        "format": format,
+        "embed_bits": embed_bits,
+        "activations": activations,
+        "options": options or None,
+        "data": data,
+        "windows": windows,
+        "context": context,
+        "seed": seed,
+        "tokenizer": tokenizer,
+    }
+    typed: dict[str, Any] = {k: v for k, v in how.items() if v is not None}
+    with CompressProgress(sh) as progress:
+        result = compress_model(model, out, **typed, max_ram=ceiling, force=force, progress=progress)
+    _write_report(out)
+    _summary(sh, result, model, out)
+    sh.result(result)
+
+
+def _check_choices(bits: int | None, group: int | None, fmt: str | None, activations: str | None) -> None:
+    """Options that contradict each other, before anything is read."""
+    if fmt is not None and (bits is not None or group is not None):
+        raise typer.BadParameter(f"--format {fmt} says bits and group itself; leave out --bits and --group.")
+    if group is not None and group != -1 and group < 1:
+        raise typer.BadParameter(
+            f"--group {group}: give how many weights share a scale, e.g. --group 64, or -1 for a whole row."
+        )
+    if activations not in (None, "float", "int8"):
+        raise typer.BadParameter(f"--activations {activations}: use float or int8.")
+
+
+def _write_report(out: Path) -> None:
+    from lowbit.report import write_report
+
+    write_report(out)
+
+
+def _summary(sh: Any, result: dict[str, Any], model: str, out: Path) -> None:
+    layers = result.get("layers", [])
+    errors = [la["error"] for la in layers if la.get("error") is not None]
+    rows = [
+        ("compressed layers", f"{len(layers)}, {result['bits_per_weight']:.3f} bits per weight"),
+        ("whole file", f"{size_words(result['bytes'])}, {result['bits_per_weight_file']:.3f} bits per weight"),
+        ("mean output error", number(sum(errors) / len(errors), 3) if errors else "-"),
+        ("time", time_words(result["seconds"])),
+        ("peak memory", size_words(result["peak_memory_bytes"])),
+        ("report", str(out / "report.html")),
+    ]
+    sh.say()
+    sh.say(f"Wrote {out}", style="bold green")
+    for name, value in rows:
+        sh.say(f"  {name:<18} {value}")
+    sh.say()
+    sh.say("Next:")
+    sh.say(f"  lowbit eval {quoted(out)} --text TEXT --against {quoted(model)}")
+    sh.say(f'  lowbit generate {quoted(out)} --prompt "The capital of France is"')
+
+
+def quoted(path: object) -> str:
+    import shlex
+
+    return shlex.quote(str(path))
