@@ -52,7 +52,7 @@ wheel:  ## build a wheel, install it into a bare environment of its own and run 
 	build/wheel-venv/bin/python -m pip wheel -q --no-deps -w dist --config-settings=build-dir=build/wheel .
 	build/wheel-venv/bin/python -m pip install -q "numpy>=1.26" $(TORCH)
 	build/wheel-venv/bin/python -m pip install -q dist/lowbit-*.whl
-	cd build/wheel-venv && bin/lowbit doctor && bin/python ../../.ci/check_wheel.py
+	cd build/wheel-venv && bin/lowbit doctor && bin/python ../../.ci/check_wheel.py && bin/lowbit demo --quick
 	rm -rf build/wheel-venv
 
 # A second environment that borrows the packages of the first and holds a kernel build of its own.
