@@ -7,6 +7,8 @@
 Peak = start + the larger of the two (and of the output head, where it is not tied). The estimate is meant to be a little high.
 """
 
+import ctypes
+import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,10 +17,10 @@ import torch
 
 from lowbit.errors import MemoryPlanError
 
-SOLVER_GRAMS = 6  # in^2 float32 matrices alive in a solver: H, its copy, factor, inverse, permuted, product
-SOLVER_COPIES = 7  # out*in float32 matrices alive: w, compensated columns, candidates of the scale search
+SOLVER_GRAMS = 8  # in^2 float32 matrices alive in a solver: H, copies damped and permuted, factor, inverse, products
+SOLVER_COPIES = 9  # out*in float32 matrices alive: w, compensated columns, candidates of the scale search
 EMBEDDING_ROWS = 2560  # rows quantized at a time; a multiple of 40, so that slices end on bytes in every packing
-SLACK = 1.08
+SLACK = 1.3  # what the allocator holds between sizes; measured
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def make_plan(sizes: Sizes, ceiling: "int | None" = None, windows: int = 1) -> P
 def peak_bytes(s: Sizes, recompute: bool) -> int:
     """Estimated peak resident bytes."""
     hidden = s.tokens * s.width
-    live = 0 if recompute else s.tokens * (s.widest_input + s.width)
+    live = 0 if recompute else s.tokens * (s.widest_input + 3 * s.width)
     solver = SOLVER_GRAMS * s.widest_input**2 + SOLVER_COPIES * s.widest_group
     blocks = s.block + 2 * hidden + live + solver if s.tokens else s.block + SOLVER_COPIES * s.widest_group
     opening = s.outside + hidden + SOLVER_COPIES * EMBEDDING_ROWS * s.width
@@ -101,3 +103,11 @@ def _flops_per_second(n: int = 768, repeats: int = 4) -> float:
     for _ in range(repeats):
         a @ a
     return repeats * 2 * n**3 / max(time.perf_counter() - started, 1e-9)
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system (glibc keeps it otherwise, and a walk over many blocks would seem to grow with depth)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

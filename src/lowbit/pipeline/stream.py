@@ -11,6 +11,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
+from lowbit.evaluate import resident_memory_bytes
 from lowbit.errors import LowbitError, ModelError, ShapeError
 from lowbit.formats import Format, QuantizedTensor, encode, fit
 from lowbit.pipeline.blocks import block_calls, find_blocks, input_groups, layer_matrix, layer_type, linear_layers, run_block
@@ -18,7 +19,7 @@ from lowbit.pipeline.checkpoint import Entries, Store
 from lowbit.pipeline.embeddings import quantize_rows
 from lowbit.pipeline.fold import find_producer, fold
 from lowbit.pipeline.forwards import SequentialForwards
-from lowbit.pipeline.memory import Plan, Sizes, make_plan
+from lowbit.pipeline.memory import Plan, Sizes, make_plan, release_memory
 from lowbit.recipe import Recipe
 from lowbit.solvers import Solution
 from lowbit.sources import ModelSource, check_finite, drop, set_tensor
@@ -92,9 +93,11 @@ class Walk:
         if start:
             self.progress({"event": "resume", "block": start, "blocks": len(self.blocks)})
         hidden = self._opening(hidden, need_hidden=start < len(self.blocks))
+        release_memory()
         began = time.perf_counter()
         for i in range(start, len(self.blocks)):
             hidden = self._block(i, hidden, recompute)
+            release_memory()
             per_block = (time.perf_counter() - began) / (i + 1 - start)
             self._say("block", i, eta_seconds=per_block * (len(self.blocks) - i - 1))
         self._closing()
@@ -304,7 +307,8 @@ class Walk:
         return head is not None and name.startswith(f"{head}.")
 
     def _say(self, event: str, i: int, **more: Any) -> None:
-        self.progress({"event": event, "block": i, "blocks": len(self.blocks), **more})
+        memory = {"rss_bytes": resident_memory_bytes()}
+        self.progress({"event": event, "block": i, "blocks": len(self.blocks), **memory, **more})
 
 
 def layer_errors(w: Tensor, w_hat: Tensor, fmt: Format, statistics: "LayerStatistics | None") -> Entries:

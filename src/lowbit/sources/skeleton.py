@@ -7,47 +7,20 @@ moves to meta as it is registered. Everything else (arange, full, ...) is comput
 `fill` then reads weights in, `drop` sends them back to meta: the walk over the blocks uses the two in turn.
 """
 
-import copy
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from lowbit.errors import ModelError
+from lowbit.runtime.skeleton import new_skeleton as build_skeleton
+from lowbit.runtime.skeleton import without_weights
+
+__all__ = ["drop", "fill", "model_class", "new_skeleton", "set_tensor", "tied_names", "without_weights"]
 
 if TYPE_CHECKING:
     from lowbit.sources.models import ModelSource
-
-
-class _EmptyIsMeta(TorchFunctionMode):
-    """torch.empty without a device gives a tensor without memory."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
-
-
-def _parameter_to_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
-    if param is None or param.is_meta:  # a meta parameter stays the same object: that is what tying means
-        return param
-    return nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-
-
-@contextmanager
-def without_weights() -> Iterator[None]:
-    """Modules built inside own parameters on meta and buffers in memory. Not for use from several threads at once."""
-    register = nn.modules.module.register_module_parameter_registration_hook
-    hook = register(_parameter_to_meta)  # type: ignore[arg-type]
-    try:
-        with _EmptyIsMeta():
-            yield
-    finally:
-        hook.remove()
 
 
 def model_class(config: Any) -> type[nn.Module]:
@@ -82,24 +55,7 @@ def new_skeleton(config: Any, auto: Any = None, dtype: torch.dtype = torch.float
     auto:  a model class, or an Auto class such as `AutoModelForMaskedLM`; None picks by `model_class`
     dtype: floating type of parameters and buffers; weights assigned later bring their own
     """
-    cls: Any = auto or model_class(config)
-    build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
-    with without_weights():
-        model = build(copy.deepcopy(config), **{_dtype_word(): dtype})
-    model.tie_weights()
-    bare = [name for name, b in model.named_buffers() if b.is_meta]
-    if bare:
-        raise ModelError(
-            f"{type(model).__name__}: buffer {bare[0]} has no value before weights are read; "
-            "this architecture cannot be streamed yet."
-        )
-    return model.eval()
-
-
-def _dtype_word() -> str:
-    from transformers import PretrainedConfig
-
-    return "dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype"  # renamed in transformers 4.56
+    return build_skeleton(config, auto or model_class(config), dtype)
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
