@@ -103,7 +103,8 @@ def _coded(
     """Codes in row-major order, and scales. Rows are padded to one length with weights of importance 0, which no rule sees."""
     if fmt.blocks not in (CHANNEL, TENSOR):
         raise FormatError(f"exceptions share scales per row or per tensor: use {fmt.levels.name}-channel or -tensor.")
-    counts = places.sum(1) if fmt.blocks == CHANNEL else places.sum().reshape(1)
+    rows_cols = fmt.blocks.grid(*matrix.shape)
+    counts = (places.sum(1) if fmt.blocks == CHANNEL else places.sum().reshape(1))[: rows_cols[0] * rows_cols[1]]
     width = int(counts.max()) if counts.numel() else 0
     here = torch.arange(width, device=matrix.device) < counts[:, None]  # (rows, width): one True per exception
     w = matrix.new_zeros(here.shape).masked_scatter(here, matrix[places])
@@ -111,7 +112,7 @@ def _coded(
     grid = fit(w, fmt, h.masked_fill(~here, 0))
     codes = encode(w, grid, fmt, generator)[here]
     packed = pack(codes, fmt.levels.bits, fmt.levels.packing)
-    return {"codes": packed} | stored_grid(grid, fmt, fmt.blocks.grid(*matrix.shape))
+    return {"codes": packed} | stored_grid(grid, fmt, rows_cols)
 
 
 def _same_shape(w: Tensor, mask: Tensor) -> None:

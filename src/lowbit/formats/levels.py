@@ -61,6 +61,11 @@ class LevelSet:
         return _is_integer_range(self.values)
 
     @property
+    def is_even(self) -> bool:
+        """True for levels at equal distances."""
+        return _is_even(self.values)
+
+    @property
     def unsigned(self) -> bool:
         """True for 0 .. 2**b-1, the level sets that need a zero point."""
         return self.is_integer_range and self.values[0] == 0
@@ -78,6 +83,11 @@ class LevelSet:
 @cache
 def _is_integer_range(values: tuple[float, ...]) -> bool:
     return bool(values) and all(v == values[0] + i for i, v in enumerate(values)) and values[0] == int(values[0])
+
+
+@cache
+def _is_even(values: tuple[float, ...]) -> bool:
+    return len({b - a for a, b in zip(values, values[1:])}) == 1
 
 
 def minifloat_values(e: int, m: int, bias: int, n_codes: "int | None" = None) -> list[float]:
