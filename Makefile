@@ -3,12 +3,14 @@
 #   PYTHON   any Python 3.10 to 3.13          make test PYTHON=python3.12 VENV=.venv312
 #   TORCH    what pip is asked for as torch   make test TORCH="torch==2.7.1"
 #   VENV     where everything is installed    (demo, test and the rest share it)
+#   JOBS     how many test processes          make test JOBS=8
 #
 # Needed beforehand: Python, a C++17 compiler, make. CMake and Ninja come from pip.
 
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.10 python3,$(shell command -v $(p))))
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
+JOBS   ?= 2
 
 BIN    := $(VENV)/bin
 PY     := $(BIN)/python
@@ -20,7 +22,7 @@ PYTEST := $(PY) -m pytest -q
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all build lint fix wheel sanitize clean
+.PHONY: help demo test test-slow test-all build lint fix wheel sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -29,11 +31,13 @@ demo: $(STAMP)  ## train, compress, pack, run and report a small network: about 
 	$(BIN)/lowbit demo
 
 test: $(STAMP)  ## the fast tests, about a minute
-	$(PYTEST)
+	$(PYTEST) -n $(JOBS)
 
-test-all: $(STAMP)  ## every test, slow ones included, and the kernel tests once more on the scalar rows
-	LOWBIT_ISA=scalar $(PYTEST) tests/kernels tests/runtime
-	$(PYTEST) -m "slow or not slow"
+test-slow: $(STAMP)  ## the slow tests, one after the other, and the kernel tests once more on the scalar rows
+	LOWBIT_ISA=scalar $(PYTEST) -n $(JOBS) tests/kernels tests/runtime
+	$(PYTEST) -m slow
+
+test-all: test test-slow  ## every test there is
 
 build: $(STAMP)  ## install, and compile the kernels again where they changed
 

@@ -19,7 +19,7 @@ import torch
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # two processes of two threads would wait for each other
 
 # the same examples on every run, and no time limit per example: a busy machine is not a bug
 settings.register_profile("lowbit", deadline=None, derandomize=True, max_examples=50)
