@@ -8,7 +8,15 @@ from lowbit.errors import FormatError, ShapeError
 from lowbit.formats import Format, QuantizedTensor, quantize, split_quantize, with_exceptions
 from lowbit.formats.masks import CODECS
 
-DENSE = ["uint2-g16", "int3-channel", "ternary-channel", "binary-g16-zreal", "kmeans2-channel", "uint3-g16-search", "int2-tensor"]
+DENSE = [
+    "uint2-g16",
+    "int3-channel",
+    "ternary-channel",
+    "binary-g16-zreal",
+    "kmeans2-channel",
+    "uint3-g16-search",
+    "int2-tensor",
+]
 
 
 def outliers(shape: tuple[int, ...] = (6, 32)) -> tuple[Tensor, Tensor]:
@@ -31,7 +39,9 @@ def test_raw_exceptions_come_back_as_stored(codec: str, raw: str) -> None:
     found = reread(qt).dequantize()
     assert torch.equal(found[mask], w[mask].to(dtype).float())
     assert torch.equal(qt.mask(1), mask) and torch.equal(found, qt.dequantize())
-    extra = int(mask.sum()) * dtype.itemsize + sum(t.numel() * t.element_size() for k, t in qt.tensors().items() if "mask" in k)
+    extra = int(mask.sum()) * dtype.itemsize + sum(
+        t.numel() * t.element_size() for k, t in qt.tensors().items() if "mask" in k
+    )
     assert qt.nbytes == quantize(w, Format.parse("uint2-g16")).nbytes + extra
 
 
@@ -61,8 +71,22 @@ def test_dense_codes_at_masked_places_are_the_nearest_to_zero(text: str) -> None
     assert torch.equal(decode(blocks, grid, fmt).abs()[fmt.blocks.split(mask)], smallest[fmt.blocks.split(mask)])
 
 
-@pytest.mark.parametrize("text", ["int4-channel", "int4-tensor", "uint3-channel", "uint4-channel-zreal", "ternary-channel", "nf4-tensor-bf16",
-                                  "kmeans2-channel", "kmeans3-tensor", "int3-channel-lstsq", "int4-channel-double", "fp4_e2m1-channel-e8m0"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int4-channel",
+        "int4-tensor",
+        "uint3-channel",
+        "uint4-channel-zreal",
+        "ternary-channel",
+        "nf4-tensor-bf16",
+        "kmeans2-channel",
+        "kmeans3-tensor",
+        "int3-channel-lstsq",
+        "int4-channel-double",
+        "fp4_e2m1-channel-e8m0",
+    ],
+)
 def test_coded_exceptions_are_the_codes_of_their_row(text: str) -> None:
     w, mask = outliers()
     fmt = Format.parse(text)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -63,6 +63,7 @@ def test_fixed_point_sorted_and_fp16() -> None:
         assert torch.allclose(means, levels, atol=3e-4)  # Lloyd: every level is its cluster's mean
 
 
+@settings(max_examples=20)
 @given(st.lists(st.floats(-100, 100, width=16), min_size=1, max_size=12), st.sampled_from([2, 4, 16]))
 def test_few_distinct_values_are_kept_exactly(values: list[float], k: int) -> None:
     w = torch.tensor(values)[None]

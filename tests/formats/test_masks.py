@@ -1,6 +1,7 @@
 """Mask codecs: any mask comes back, damaged ones are refused, the index costs what the bound says."""
 
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -46,7 +47,9 @@ def test_adversarial_masks_come_back(name: str, codec: str) -> None:
 @pytest.mark.parametrize("gap_bits", range(1, 9))
 def test_every_gap_width(gap_bits: int) -> None:
     mask = torch.zeros(2, 1100, dtype=torch.bool)
-    mask[0, [0, 1, 2, 3, 4, 258, 259, 515, 1099]] = True  # gaps on both sides of every m = 2**b - 1, and multiples of it
+    mask[0, [0, 1, 2, 3, 4, 258, 259, 515, 1099]] = (
+        True  # gaps on both sides of every m = 2**b - 1, and multiples of it
+    )
     mask[1, torch.arange(0, 45).cumsum(0)] = True
     check_round_trip(mask, "gap", gap_bits)
 
@@ -84,7 +87,7 @@ def test_gap_codes_against_the_plain_loop() -> None:
     for bits in (2, 3, 5):
         meta, tensors = encode_mask(mask, "gap", bits)
         rows = [slow_gap_codes(row, bits) for row in mask.tolist()]
-        number = sum(code << (i * bits) for i, code in enumerate(sum(rows, [])))
+        number = sum(code << (i * bits) for i, code in enumerate(chain.from_iterable(rows)))
         assert bytes(tensors["mask_codes"].tolist()) == number.to_bytes(len(tensors["mask_codes"]), "little")
         low, width = min(map(len, rows)), (max(map(len, rows)) - min(map(len, rows))).bit_length()
         assert (meta["row_min"], meta["row_bits"], meta["codes"]) == (low, width, sum(map(len, rows)))

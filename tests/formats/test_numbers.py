@@ -117,7 +117,10 @@ def test_errors_of_searched_formats() -> None:
 def test_lessons_of_the_card() -> None:
     """Without a zero 2 and 3 bits lose less; a stride of 2 helps at 2 bits; powers of two waste the fourth bit."""
     w = normal(2**13).reshape(-1, 128)
-    found = {n: error(Format.parse(f"{n}-search-fp32"), w) for n in ("pot2nz", "pot2nz_s2", "ternary", "pot3", "pot3nz", "pot4nz", "int4")}
+    found = {
+        n: error(Format.parse(f"{n}-search-fp32"), w)
+        for n in ("pot2nz", "pot2nz_s2", "ternary", "pot3", "pot3nz", "pot4nz", "int4")
+    }
     assert found["pot2nz_s2"] < 0.8 * found["pot2nz"] and found["pot2nz"] < found["ternary"]
     assert found["pot3nz"] < found["pot3"] and found["pot4nz"] > 2.5 * found["int4"]
 
@@ -195,5 +198,7 @@ def test_mean_scale_is_the_best_for_signs_and_median_for_absolute_errors() -> No
 
 def test_double_quantized_nf4_loses_next_to_nothing() -> None:
     w = normal(2**18).reshape(512, 512) * 0.02
-    plain, double = ((quantize(w, Format.parse(f"nf4-g64-{d}")).dequantize() - w).square().mean() for d in ("fp32", "double"))
+    plain, double = (
+        (quantize(w, Format.parse(f"nf4-g64-{d}")).dequantize() - w).square().mean() for d in ("fp32", "double")
+    )
     assert float(double / plain) == pytest.approx(1.0, abs=2e-3)

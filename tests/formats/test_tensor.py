@@ -79,7 +79,9 @@ def test_quantizing_leaves_the_weight_alone() -> None:
 def test_a_kernel_of_four_dimensions_groups_along_everything_but_out() -> None:
     w = torch.randn(4, 3, 2, 4)
     qt = quantize(w, Format.parse("int4-g8"))
-    assert torch.equal(qt.dequantize(), quantize(w.reshape(4, 24), Format.parse("int4-g8")).dequantize().reshape(w.shape))
+    assert torch.equal(
+        qt.dequantize(), quantize(w.reshape(4, 24), Format.parse("int4-g8")).dequantize().reshape(w.shape)
+    )
     assert qt.tensors()["scale"].shape == (4, 3)
 
 
@@ -106,7 +108,9 @@ def test_wrong_inputs() -> None:
 
 def test_stochastic_quantization_is_seeded() -> None:
     w, fmt = torch.randn(8, 64), Format.parse("int4-stochastic")
-    first, second, other = (quantize(w, fmt, generator=torch.Generator().manual_seed(s)).dequantize() for s in (1, 1, 2))
+    first, second, other = (
+        quantize(w, fmt, generator=torch.Generator().manual_seed(s)).dequantize() for s in (1, 1, 2)
+    )
     assert torch.equal(first, second) and not torch.equal(first, other)
     assert "stochastic" in quantize(w, fmt).meta()["parts"][0]["format"]
 
@@ -250,8 +254,14 @@ def test_storing_what_was_loaded_gives_the_same_bytes(text: str) -> None:
 def samples() -> list[QuantizedTensor]:
     w = torch.randn(4, 16)
     mask = torch.rand(4, 16) < 0.2
-    split = [split_quantize(w, mask, Format.parse("uint2-g8"), e, c) for e, c in (
-        ("raw_fp16", "bitmap"), (Format.parse("int4-channel"), "csr"), (Format.parse("kmeans2-tensor"), "gap"))]
+    split = [
+        split_quantize(w, mask, Format.parse("uint2-g8"), e, c)
+        for e, c in (
+            ("raw_fp16", "bitmap"),
+            (Format.parse("int4-channel"), "csr"),
+            (Format.parse("kmeans2-tensor"), "gap"),
+        )
+    ]
     return [quantize(w, Format.parse(text)) for text in SAMPLES] + split
 
 
@@ -287,9 +297,19 @@ def tampered(meta: Any) -> "list[Any]":
     if isinstance(meta, list):
         changed += [meta[:-1], meta + meta, [*meta, 1], meta[::-1]]
         for i, value in enumerate(meta):
-            changed += [meta[:i] + [v] + meta[i + 1 :] for v in tampered(value)]
+            changed += [[*meta[:i], v, *meta[i + 1 :]] for v in tampered(value)]
     if isinstance(meta, str):
-        changed += [meta + "-g3", meta.upper(), meta[:-1], meta + "8", meta + "\n", "kmeans8", "uint8-g8", "raw_fp32", "fp8_e4m3"]
+        changed += [
+            meta + "-g3",
+            meta.upper(),
+            meta[:-1],
+            meta + "8",
+            meta + "\n",
+            "kmeans8",
+            "uint8-g8",
+            "raw_fp32",
+            "fp8_e4m3",
+        ]
     return changed
 
 

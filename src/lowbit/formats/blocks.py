@@ -60,7 +60,7 @@ class Blocks:
         return (out // r if r else 0), (in_ // c if c else 0)
 
     def split(self, w: Tensor) -> Tensor:
-        """(out, in) -> (blocks, rows*cols), blocks in row-major order of the scale matrix. An empty matrix has no blocks."""
+        """(out, in) -> (blocks, rows*cols), blocks in row-major order of the scales. An empty matrix has no blocks."""
         out, in_ = w.shape
         r, c = self.size(out, in_)
         if w.numel() == 0:

@@ -2,10 +2,12 @@
 
     w_hat = exceptions at the masked places, dense part elsewhere
 
-Outliers stretch the range of a low-bit grid; taking them out costs the index of their places (see `masks`) and their own codes. They are plain
-16- or 32-bit numbers ("raw_fp16"), or codes of any format whose scales are per row or per tensor; a row has as many exceptions as it has.
+Outliers stretch the range of a low-bit grid; taking them out costs the index of their places (see `masks`) and their
+own codes. They are plain 16- or 32-bit numbers ("raw_fp16"), or codes of any format whose scales are per row or per
+tensor; a row has as many exceptions as it has.
 
-Sources: Dettmers 2023 (SpQR, arXiv:2306.03078) for outliers in 16 bits; Li 2025 (ICQuant, arXiv:2505.00850) for a second grid.
+Sources: Dettmers 2023 (SpQR, arXiv:2306.03078) for outliers in 16 bits; Li 2025 (ICQuant, arXiv:2505.00850) for a
+second grid.
 """
 
 import torch
@@ -39,8 +41,9 @@ def split_quantize(
     """Quantize w in two parts: `dense`, fitted on the unmasked weights, and `exceptions` at the masked places.
 
     w, mask, importance: one shape, (out, ...); mask is bool. exceptions: a format with blocks channel or tensor, or
-    "raw_fp16", "raw_bf16", "raw_fp32". codec: see `masks.encode_mask`. The dense code at a masked place is the nearest to 0,
-    so that a kernel may add the exceptions as a correction. Raises FormatError and ShapeError as `quantize` does.
+    "raw_fp16", "raw_bf16", "raw_fp32". codec: see `masks.encode_mask`. The dense code at a masked place is the
+    nearest to 0, so that a kernel may add the exceptions as a correction. Raises FormatError and ShapeError as
+    `quantize` does.
     """
     _same_shape(w, mask)
     h = torch.ones(w.shape, device=w.device) if importance is None else importance
@@ -66,7 +69,7 @@ def with_exceptions(
     importance: "Tensor | None" = None,
     generator: "torch.Generator | None" = None,
 ) -> QuantizedTensor:
-    """`qt` with one part more: the weights of `w` at the masked places (a solver's way in: its dense codes stay as they are).
+    """`qt` with one part more: the weights of `w` at the masked places. The dense codes stay as a solver left them.
 
     Raises FormatError where the mask overlaps an earlier part.
     """
@@ -100,7 +103,7 @@ def _raw(values: Tensor, name: str) -> Tensor:
 def _coded(
     matrix: Tensor, places: Tensor, fmt: Format, importance: "Tensor | None", generator: "torch.Generator | None"
 ) -> dict[str, Tensor]:
-    """Codes in row-major order, and scales. Rows are padded to one length with weights of importance 0, which no rule sees."""
+    """Codes in row-major order, and scales. Rows are padded with weights of importance 0, which no rule sees."""
     if fmt.blocks not in (CHANNEL, TENSOR):
         raise FormatError(f"exceptions share scales per row or per tensor: use {fmt.levels.name}-channel or -tensor.")
     rows_cols = fmt.blocks.grid(*matrix.shape)

@@ -35,7 +35,7 @@ ALIASES = {
 
 
 class Grid(NamedTuple):
-    """What `fit` found for each block: scale (blocks, 1); zero (blocks, 1) or None; table (blocks, L) or None (k-means)."""
+    """What `fit` found: scale (blocks, 1); zero (blocks, 1) or None; table (blocks, L) for k-means, else None."""
 
     scale: Tensor
     zero: "Tensor | None" = None
@@ -60,7 +60,8 @@ class Format:
     """levels x blocks x scale rule, how scales are stored, the kind of zero, and the rounding.
 
     Left empty, `scale_rule` and `zero` follow the levels: absmax, or mean for binary and ternary; an integer zero and
-    minmax for unsigned integers. Raises FormatError for names that are not known and for choices that exclude each other.
+    minmax for unsigned integers. Raises FormatError for names that are not known and for choices that exclude each
+    other.
     """
 
     levels: LevelSet
@@ -156,8 +157,8 @@ def fit(w: Tensor, fmt: Format, importance: "Tensor | None" = None) -> Grid:
     """Scale (and zero or table) of each block, by the format's rule.
 
     w: (blocks, n) float32, e.g. from `fmt.blocks.split`
-    importance: same shape, non-negative, or None. It weighs the errors where a rule has any; a weight of importance 0 is
-        left out by every rule. Blocks whose importance is all 0 count as if it were all 1.
+    importance: same shape, non-negative, or None. It weighs the errors where a rule has any, and every rule leaves out
+        weights of importance 0. In a block whose importance is all 0 it counts as all 1.
     With scale_dtype "double" pass all blocks of the tensor at once: neighbouring scales share a step.
     """
     if importance is not None:

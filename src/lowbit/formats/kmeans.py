@@ -3,12 +3,13 @@
     minimise  sum_i h_i (w_i - c_(nearest))**2       over k levels c, row by row
 
 Lloyd's iteration on sorted rows: a cluster is an interval, so with running sums of h, h w and h w**2 one round costs k
-binary searches a row, however long the row. It stops in a local optimum; from there the level that is missed least moves
-to where a cut helps most and Lloyd runs again, while that lowers the error. On rows of 60 weights this ends within 1% of
-the exact optimum for 4 levels and 8% for 8, where Lloyd alone is off by up to 18%; on long rows both are nearer.
+binary searches a row, however long the row. It stops in a local optimum; from there the level that is missed least
+moves to where a cut helps most and Lloyd runs again, while that lowers the error. On rows of 60 weights this ends
+within 1% of the exact optimum for 4 levels and 8% for 8, where Lloyd alone is off by up to 18%; on long rows both are
+nearer.
 
-The start spreads levels with density p**(1/3) of the weights' density p, the best spread of many levels (Panter and Dite
-1951): between neighbours at a distance d it grows by h**(1/3) d**(2/3). Everything is deterministic.
+The start spreads levels with density p**(1/3) of the weights' density p, the best spread of many levels (Panter and
+Dite 1951): between neighbours at a distance d it grows by h**(1/3) d**(2/3). Everything is deterministic.
 
 Source: Kim 2023 (SqueezeLLM, arXiv:2306.07629) for levels by k-means weighted with importance.
 """
@@ -31,10 +32,10 @@ def kmeans_table(w_blocks: Tensor, k: int, importance: "Tensor | None" = None, i
     returns:    (B, k) float32, sorted, each value one that fp16 holds (as it is stored). Rows of fewer than k distinct
                 values repeat levels.
 
-    iterations bounds each run of Lloyd. Raises FormatError where a level does not fit fp16 (65504). Cost: a sort, then about
-    a dozen passes over the weights for each level that moves (few do; at most 64 are tried).
+    iterations bounds each run of Lloyd. Raises FormatError where a level does not fit fp16 (65504). Cost: a sort,
+    then about a dozen passes over the weights for each level that moves (few do; at most 64 are tried).
     """
-    b, n = w_blocks.shape
+    b = len(w_blocks)
     if w_blocks.numel() == 0:
         return torch.zeros(b, k, device=w_blocks.device)
     x, h = _sorted(w_blocks, importance)
@@ -59,7 +60,7 @@ def kmeans_table(w_blocks: Tensor, k: int, importance: "Tensor | None" = None, i
 
 
 def _sorted(w: Tensor, importance: "Tensor | None") -> tuple[Tensor, Tensor]:
-    """Rows in ascending order, and their importance, as float64. Weights of importance 0 are moved onto one that counts."""
+    """Rows in ascending order and their importance, float64. Weights of importance 0 move onto one that counts."""
     h = torch.ones_like(w) if importance is None else importance
     h = h.where((h > 0).any(1, keepdim=True), torch.ones_like(h))
     present = w.gather(1, (h > 0).to(torch.uint8).argmax(1, keepdim=True))
@@ -83,7 +84,7 @@ def _start(x: Tensor, h: Tensor, k: int) -> Tensor:
 
 
 def _lloyd(x: Tensor, sums: Sums, table: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(table (B, k), cuts (B, k + 1), error (B,)) when nothing moves any more. Cluster j is x[cuts[j] : cuts[j + 1]]."""
+    """(table (B, k), cuts (B, k + 1), error (B,)) once nothing moves. Cluster j is x[cuts[j] : cuts[j + 1]]."""
     cuts = _cuts(x, table)
     for _ in range(iterations):
         weight, first, _ = _inside(sums, cuts)
@@ -109,7 +110,7 @@ def _inside(sums: Sums, cuts: Tensor) -> Sums:
 
 
 def _move_one(x: Tensor, sums: Sums, table: Tensor, cuts: Tensor, rank: Tensor) -> Tensor:
-    """Merge the two neighbours that cost least to merge (rank 0; an empty cluster costs nothing); cut where it gains most."""
+    """Merge the neighbours that cost least (rank 0; an empty cluster costs nothing); cut where that gains most."""
     weight, _, _ = _inside(sums, cuts)
     a, b = weight[:, :-1], weight[:, 1:]
     cost = a * b / (a + b).clamp(min=_TINY) * table.diff(dim=1).square()
@@ -121,7 +122,7 @@ def _move_one(x: Tensor, sums: Sums, table: Tensor, cuts: Tensor, rank: Tensor) 
 
 
 def _best_cut(x: Tensor, sums: Sums, cuts: Tensor) -> Tensor:
-    """(B, 1) position p where cutting its cluster in two lowers the error most:  l**2 / L + r**2 / R  over h x and h."""
+    """(B, 1) position p where a cut lowers the error most: (sum h x)**2 / sum h, left and right, less the whole's."""
     p = torch.arange(x.shape[1], device=x.device).repeat(len(x), 1)
     cluster = torch.searchsorted(cuts[:, 1:].contiguous(), p, right=True)
     start, end = cuts.gather(1, cluster), cuts.gather(1, cluster + 1)

@@ -17,14 +17,15 @@ sign-magnitude format has two zeros; only one is kept, so its table is one short
     kmeans1 .. kmeans8   a table that travels with the tensor                      b
 
 Sources: minifloats OCP MX v1.0 (E4M3 is the "fn" kind: maximum 448, no infinity; the codes of NaN and infinity are no
-levels, so larger weights saturate); NF4 Dettmers 2023 (arXiv:2305.14314), its construction is repeated in the tests; powers
-of two without zero Li 2023 (DenseShift, arXiv:2208.09708), with zero Li 2021 (S3, arXiv:2107.03453).
+levels, so larger weights saturate); NF4 Dettmers 2023 (arXiv:2305.14314), its construction is repeated in the tests;
+powers of two without zero Li 2023 (DenseShift, arXiv:2208.09708), with zero Li 2021 (S3, arXiv:2107.03453).
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def _is_integer_range(values: tuple[float, ...]) -> bool:
 
 @cache
 def _is_even(values: tuple[float, ...]) -> bool:
-    return len({b - a for a, b in zip(values, values[1:])}) == 1
+    return len({b - a for a, b in pairwise(values)}) == 1
 
 
 def minifloat_values(e: int, m: int, bias: int, n_codes: "int | None" = None) -> list[float]:
@@ -161,8 +162,8 @@ def levels(name: str) -> LevelSet:
 def thresholds(table: Tensor, rounding: str = "even") -> Tensor:
     """(..., L-1) float32: x takes level i where thresholds[i-1] < x <= thresholds[i].
 
-    The middles of neighbours; where the tie goes up, the largest number below the middle (for a middle of 0 the smallest
-    normal one, which survives flushing of subnormals).
+    The middles of neighbours; where the tie goes up, the largest number below the middle (for a middle of 0 the
+    smallest normal one, which survives flushing of subnormals).
     """
     mids = ((table[..., 1:].double() + table[..., :-1].double()) / 2).float()
     below = torch.nextafter(mids, torch.full_like(mids, -torch.inf))
@@ -171,7 +172,7 @@ def thresholds(table: Tensor, rounding: str = "even") -> Tensor:
 
 
 def _goes_up(table: Tensor) -> Tensor:
-    """Whether the tie between levels i and i+1 goes up: to an even number of steps from 0; away from 0 where it is no level."""
+    """Does the tie of levels i and i+1 go up? To an even number of steps from 0; away from 0 where it is no level."""
     zero_at = (table == 0).to(torch.uint8).argmax(-1, keepdim=True)
     has_zero = (table == 0).any(-1, keepdim=True)
     upper_is_even = (torch.arange(1, table.shape[-1], device=table.device) - zero_at) % 2 == 0
@@ -185,9 +186,9 @@ def nearest(x: Tensor, table: Tensor, rounding: str = "even", generator: "torch.
     table:   (L,) sorted, or (..., L) one sorted table per row of x
     returns: (..., n) uint8
 
-    Ties: "even" takes the level an even number of steps from the level 0 (half to even for integers and minifloats; away
-    from zero where 0 is no level, so sign(0) = +1); "half_away" the level farther from 0; "stochastic" draws the upper
-    neighbour with probability (x - lower) / (upper - lower), seeded by `generator`. Beyond the ends: the end.
+    Ties: "even" takes the level an even number of steps from the level 0 (half to even for integers and minifloats;
+    away from zero where 0 is no level, so sign(0) = +1); "half_away" the level farther from 0; "stochastic" draws the
+    upper neighbour with probability (x - lower) / (upper - lower), seeded by `generator`. Beyond the ends: the end.
     """
     if table.ndim > 1:
         table = table.expand(*x.shape[:-1], table.shape[-1])

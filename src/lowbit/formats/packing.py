@@ -20,7 +20,7 @@ def packed_bytes(n: int, bits: int, packing: str = "bits") -> int:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes (any shape, uint8 below 2**bits) into a 1-D uint8 stream. Raises FormatError on a code that is too large.
+    """Pack codes (any shape, uint8 below 2**bits) into a 1-D uint8 stream. Raises FormatError on larger codes.
 
     >>> pack_bits(torch.tensor([0, 1, 2, 2], dtype=torch.uint8), 2).tolist()
     [164]
@@ -39,7 +39,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The first n codes of a stream, as uint8. Raises FormatError where the stream is not exactly as long as n codes need."""
+    """The n codes of a stream, as uint8. Raises FormatError where it is not exactly as long as n codes need."""
     _check_length(packed, packed_bytes(n, bits))
     if bits == 8:
         return packed.clone()

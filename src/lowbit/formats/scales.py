@@ -7,7 +7,8 @@
     median      s = median|w|        the L1 optimum; BitNet b1.58 Reloaded (arXiv:2407.09527)
     tbt         s = 4/3 mean|w|      ternary threshold 2/3 mean|w|                       (TBT, arXiv:2306.01841)
     twn         s = mean of the |w| above 0.7 mean|w|                                   (TWN, arXiv:1605.04711)
-    search      shrink the absmax or min-max range by 1.00, 0.99 .. 0.21; keep the least sum |w_hat - w|**2.4 (GPTQ's grid)
+    search      shrink the absmax or min-max range by 1.00, 0.99 .. 0.21; keep the least sum |w_hat - w|**2.4 (GPTQ);
+                unevenly spaced levels also try 1.02 .. 2.00
     lstsq       search with norm 2, then alternate codes and the closed form  s = sum h w l / sum h l**2
     mx          s = 2**(floor(log2 max|w|) - floor(log2 top))                           (OCP MX v1.0)
 

@@ -5,13 +5,14 @@
 
 Storing is idempotent: what was loaded is stored as the same bytes.
 
-E8M0: byte e means 2**(e - 127), 0 .. 254; there is no zero, so a scale of 0 becomes 2**-127 (a float32 subnormal), and 255 (NaN) is never
-written. Source: OCP MX v1.0.
+E8M0: byte e means 2**(e - 127), 0 .. 254; there is no zero, so a scale of 0 becomes 2**-127 (a float32 subnormal),
+and 255 (NaN) is never written. Source: OCP MX v1.0.
 
-Double: 256 neighbouring scales (row-major) share step = max / 255; codes are uint8, scale = code * step, and a positive scale keeps a code of
-at least 1. With groups of 64 this costs 8/64 + 32/16384 = 0.127 bits a weight. Source: Dettmers 2023 (arXiv:2305.14314) for the idea;
-there the codes are an 8-bit float around the mean. Scales are positive, so unsigned codes need no offset: a zero scale stays zero, and with
-the step held to 16 significant bits every product and quotient below is exact, which makes storing idempotent.
+Double: 256 neighbouring scales (row-major) share step = max / 255; codes are uint8, scale = code * step, and a
+positive scale keeps a code of at least 1. With groups of 64 this costs 8/64 + 32/16384 = 0.127 bits a weight. Source:
+Dettmers 2023 (arXiv:2305.14314) for the idea; there the codes are an 8-bit float around the mean. Scales are
+positive, so unsigned codes need no offset: a zero scale stays zero, and with the step held to 16 significant bits
+every product and quotient below is exact, which makes storing idempotent.
 """
 
 import torch
@@ -89,13 +90,13 @@ def scale_specs(shape: tuple[int, int], dtype: str) -> dict[str, tuple[tuple[int
 
 
 def _sixteen_bits(x: Tensor) -> Tensor:
-    """x >= 0 with its significand rounded up to 16 bits (so that x / 255 codes never exceed 255); at least 2**-100, but 0 stays."""
+    """x >= 0 with its significand rounded up to 16 bits: no code exceeds 255. At least 2**-100, but 0 stays."""
     bits = torch.where(x > 0, x.clamp(min=2.0**-100), x).contiguous().view(torch.int32)
     return ((bits + 0xFF) & ~0xFF).view(torch.float32)
 
 
 def _e8m0_code(scale: Tensor, up: bool = False) -> Tensor:
-    """Nearest power of two (in the logarithm, ties up) or the next one; frexp, since log2 is wrong just below a power of two."""
+    """Nearest power of two (in the logarithm) or the next one; frexp, as log2 errs just below a power of two."""
     mantissa, exponent = torch.frexp(scale.float())  # scale = mantissa * 2**exponent, mantissa in [0.5, 1)
     power = exponent - 1 + (mantissa > 0.5 if up else mantissa >= 2**-0.5)
     return torch.where(scale > 0, (power + 127).clamp(0, 254), torch.zeros_like(power)).to(torch.uint8)

@@ -3,8 +3,9 @@
     w_hat = dense part everywhere, except where a later part's mask says "mine"
 
 The first part covers the whole matrix. Every further part (exceptions: outliers, salient weights) has a mask, stored by
-a mask codec, and values at the masked places in row-major order: codes with scales per tensor or per row, or plain fp16,
-bf16 or fp32 numbers. `tensors()` is exactly what a file holds, so `nbytes` and `bits_per_weight` are counted, not estimated.
+a mask codec, and values at the masked places in row-major order: codes with scales per tensor or per row, or plain
+fp16, bf16 or fp32 numbers. `tensors()` is exactly what a file holds, so `nbytes` and `bits_per_weight` are counted,
+not estimated.
 """
 
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ class QuantizedTensor:
     def from_codes(
         cls, codes: Tensor, grid: Grid, fmt: Format, shape: "tuple[int, ...] | None" = None
     ) -> "QuantizedTensor":
-        """From codes (out, in) uint8 and the grid of its blocks in row-major order, as `fit(fmt.blocks.split(w), fmt)` gives.
+        """From codes (out, in) uint8 and the grid of the blocks, as `fit(fmt.blocks.split(w), fmt)` gives it.
 
         The grid's scales are rounded to how they are stored: choose codes for `fit`'s, which already are.
         """
@@ -90,8 +91,8 @@ class QuantizedTensor:
 
     @classmethod
     def from_tensors(cls, meta: dict[str, Any], tensors: dict[str, Tensor]) -> "QuantizedTensor":
-        """Rebuild from a file. Believes nothing: FormatError (or ShapeError) on a missing, superfluous, misshapen or impossible
-        tensor, or on a description that `meta` could not have written.
+        """Rebuild from a file. Believes nothing: FormatError (or ShapeError) on a missing, superfluous, misshapen or
+        impossible tensor, or on a description that `meta` could not have written.
         """
         specs = tensor_specs(meta)
         if set(specs) != set(tensors):
@@ -111,8 +112,8 @@ class QuantizedTensor:
         return result
 
     def check(self) -> None:
-        """Raise FormatError where a stored number cannot be: a code past the last level, a negative or infinite scale, a
-        damaged mask, parts that overlap.
+        """Raise FormatError where a stored number cannot be: a code past the last level, a negative or infinite
+        scale, a damaged mask, parts that overlap.
         """
         owned = None
         for i, part in enumerate(self.parts):
@@ -197,9 +198,11 @@ def quantize(
     """Round-to-nearest of a float tensor.
 
     w: (out, ...) any float dtype; generator: for stochastic rounding
-    importance: same shape, non-negative: weighs the errors of searched scales; every rule leaves out weights of importance 0
+    importance: same shape, non-negative: weighs the errors of searched scales; every rule leaves out weights of
+    importance 0
 
-    Raises FormatError on NaN or infinity, ShapeError where blocks do not divide. Cost: a pass over w; 80 with a searched scale.
+    Raises FormatError on NaN or infinity, ShapeError where blocks do not divide. Cost: a pass over w; 80 with a
+    searched scale.
     """
     matrix = float_matrix(w)
     blocks = fmt.blocks.split(matrix)
@@ -221,7 +224,7 @@ def float_matrix(w: Tensor) -> Tensor:
 
 
 def importance_matrix(importance: Tensor, w: Tensor) -> Tensor:
-    """The importance of w's weights as (out, in) float32. Raises ShapeError, or FormatError where one is negative or not finite."""
+    """Importance as (out, in) float32. Raises ShapeError, or FormatError where an entry is negative or not finite."""
     if importance.shape != w.shape:
         raise ShapeError(f"importance is {tuple(importance.shape)}, needed one per weight, {tuple(w.shape)}.")
     matrix = importance.detach().reshape(matrix_shape(tuple(w.shape))).float()
@@ -258,7 +261,7 @@ def part_key(i: int, key: str) -> str:
 
 
 def tensor_specs(meta: dict[str, Any]) -> Specs:
-    """Name -> (shape, dtype) of every tensor a meta dict implies, without reading one. Raises FormatError on a bad meta."""
+    """Name -> (shape, dtype) of every tensor a meta implies, without reading one. Raises FormatError on a bad meta."""
     try:
         shape, parts = tuple(meta["shape"]), list(meta["parts"])
         if set(meta) != {"shape", "parts"} or any(set(p) - {"format", "mask"} for p in parts):
