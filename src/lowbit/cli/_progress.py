@@ -20,6 +20,7 @@ class CompressProgress:
         self.task: Any = None
         self.errors: list[float] = []
         self.began = time.perf_counter()
+        self.left: float | None = None
 
     def __enter__(self) -> "CompressProgress":
         return self
@@ -72,7 +73,9 @@ class CompressProgress:
     def _live(self, e: dict[str, Any], words: str) -> None:
         if self.bar is None:
             self._start(int(e["blocks"]))
-        side = f"{time_words(e.get('eta_seconds'))} left, {size_words(e.get('rss_bytes'))}"
+        self.left = e.get("eta_seconds", self.left)
+        left = "" if self.left is None else f"{time_words(self.left)} left, "
+        side = f"{left}{size_words(e.get('rss_bytes'))}"
         self.bar.update(self.task, completed=int(e["block"]), description=clean(words), side=side)
 
     def _start(self, blocks: int) -> None:

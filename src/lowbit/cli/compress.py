@@ -119,10 +119,11 @@ def _write_report(out: Path) -> None:
 def _summary(sh: Any, result: dict[str, Any], model: str, out: Path) -> None:
     layers = result.get("layers", [])
     errors = [la["error"] for la in layers if la.get("error") is not None]
+    file_bits = f"{result['bits_per_weight_file']:.3f} bits per weight"
     rows = [
-        ("compressed layers", f"{len(layers)}, {result['bits_per_weight']:.3f} bits per weight"),
-        ("whole file", f"{size_words(result['bytes'])}, {result['bits_per_weight_file']:.3f} bits per weight"),
-        ("mean output error", number(sum(errors) / len(errors), 3) if errors else "-"),
+        ("compressed blocks", f"{result['bits_per_weight']:.3f} bits per weight"),
+        ("whole file", f"{file_bits}, {size_words(result['bytes'])}, {len(layers)} layers compressed"),
+        ("mean layer error", number(sum(errors) / len(errors), 3) if errors else "-"),
         ("time", time_words(result["seconds"])),
         ("peak memory", size_words(result["peak_memory_bytes"])),
         ("report", str(out / "report.html")),

@@ -45,6 +45,7 @@ def report_html(manifest: dict[str, Any], run: dict[str, Any], folder_name: str)
         "artifact.html",
         m=manifest,
         run=run,
+        title=str(manifest["source"].get("describe") or "").partition(": ")[0] or folder_name,
         folder=shlex.quote(folder_name),
         python_folder=repr(folder_name),
         layers=layers,
@@ -100,7 +101,7 @@ def error_chart(layers: list[view.Layer]) -> str:
     """Mean error by block, beside round-to-nearest where that was measured; bars by layer where there are no blocks."""
     by_block, rtn = view.by_block(layers, "error"), view.by_block(layers, "error_rtn")
     if len(by_block) > 2:
-        series = [svg.Series("round to nearest", rtn, "c5")] if rtn else []
+        series = [svg.Series("round to nearest", rtn, "c5")] if rtn and rtn != by_block else []
         return svg.lines([*series, svg.Series("this model", by_block, "c0")], "block", "relative squared error, mean")
     return svg.bars([(la.name, la.error, f"{la.error:.3g}") for la in layers[:40] if la.error is not None])
 

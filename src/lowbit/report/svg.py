@@ -77,15 +77,19 @@ def heatmap(
     values: "Sequence[Sequence[float | None]]",
     titles: Sequence[Sequence[str]],
 ) -> str:
-    """One cell a value, darker for larger; None is left out. Column names are thinned to what fits."""
-    top = max((v for row in values for v in row if v is not None), default=0) or 1
+    """One cell a value, from the smallest (faint) to the largest (strong), which are written below; None is left out.
+
+    Column names are thinned to what fits.
+    """
+    known = [v for row in values for v in row if v is not None] or [0.0]
+    low, spread = min(known), (max(known) - min(known)) or 1
     left, step = _label_width(rows), 24
     cell = (WIDTH - left) / max(len(columns), 1)
     parts = [_text(left - 10, i * step + 17, name, "end") for i, name in enumerate(rows)]
     for i, row in enumerate(values):
         for j, v in enumerate(row):
             if v is not None:
-                shade = 0.08 + 0.92 * max(v, 0) / top
+                shade = 0.12 + 0.88 * (v - low) / spread
                 parts.append(
                     f'<rect class="heat" fill-opacity="{shade:.3f}" x="{left + j * cell:.1f}" y="{i * step + 1}" '
                     f'rx="2" width="{max(cell - 1.5, 1):.1f}" height="{step - 2}">{_title(titles[i][j])}</rect>'
@@ -93,7 +97,8 @@ def heatmap(
     every = max(1, math.ceil(len(columns) * 30 / (WIDTH - left)))
     y = len(rows) * step + 16
     parts += [_text(left + (j + 0.5) * cell, y, columns[j], "middle", "axis") for j in range(0, len(columns), every)]
-    return _svg(y + 6, parts)
+    parts.append(_text(WIDTH - 2, y + 20, f"faintest {low:.3g}, strongest {max(known):.3g}", "end", "axis"))
+    return _svg(y + 26, parts)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
