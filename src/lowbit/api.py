@@ -1,15 +1,16 @@
 """What people call: compress a model in memory or on disk; attach, train and pack a network of their own.
 
-    model = lowbit.compress(model, "gptq", bits=3, group=64, data=texts, tokenizer=tokenizer)
-    lowbit.api.compress_model("model.gguf", "out/", method="gptq", bits=4, data="valid.txt[:50%]")
+model = lowbit.compress(model, "gptq", bits=3, group=64, data=texts, tokenizer=tokenizer)
+lowbit.api.compress_model("model.gguf", "out/", method="gptq", bits=4, data="valid.txt[:50%]")
 """
 
 import hashlib
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +122,12 @@ def compress_model(
     pieces = walk.run(estimate.recompute)
     say({"event": "write"})
     layers = {name: row for piece in pieces for name, row in store.entries(piece)["layers"].items()}
-    run = {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes(), "machine": machine(), "threads": torch.get_num_threads()}
+    run = {
+        "seconds": time.perf_counter() - began,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+    }
     manifest = write_artifact(
         out,
         [store.path(piece) for piece in pieces],
@@ -184,13 +190,17 @@ def _tokenizer(source: Any, given: "str | Path | None") -> Any:
         try:
             words = AutoTokenizer.from_pretrained(str(given), local_files_only=True)
         except (OSError, ValueError) as e:
-            raise DataError(f"no tokenizer could be read from {str(given)!r} ({str(e).splitlines()[0]}); give its folder.") from e
+            raise DataError(
+                f"no tokenizer could be read from {str(given)!r} ({str(e).splitlines()[0]}); give its folder."
+            ) from e
     check_tokenizer(words, source.config)
     return words
 
 
 def _check_context(config: Any, context: int) -> None:
-    limit = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "max_position_embeddings", None)
+    limit = getattr(
+        config.get_text_config() if hasattr(config, "get_text_config") else config, "max_position_embeddings", None
+    )
     if limit and context > limit:
         raise DataError(f"--context {context} is longer than the model's {limit} positions. Try --context {limit}.")
 
@@ -203,7 +213,13 @@ def _identity(source: Any, plan: Recipe, ids: "Tensor | None") -> dict[str, Any]
 
     tokens = None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest()
     versions = {"lowbit": lowbit.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {"model": source.fingerprint, "recipe": plan.as_dict(), "tokens": tokens, "versions": versions, "threads": torch.get_num_threads()}
+    return {
+        "model": source.fingerprint,
+        "recipe": plan.as_dict(),
+        "tokens": tokens,
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _tied_modules(tied: dict[str, str], layers: dict[str, Any]) -> dict[str, str]:
@@ -218,7 +234,9 @@ def _ids(data: Any, tokenizer: Any, plan: Recipe) -> "Tensor | None":
         data = plan.data or None
     if data is None:
         if plan.solver.needs_data:
-            raise RecipeError(f"{plan.method} needs calibration data: data=texts with tokenizer=..., or data=token_ids; or use rtn or hqq.")
+            raise RecipeError(
+                f"{plan.method} needs calibration data: data=texts with tokenizer=..., or data=token_ids; or use rtn or hqq."
+            )
         return None
     if isinstance(data, Tensor):
         if data.ndim != 2 or data.is_floating_point():
@@ -242,7 +260,12 @@ def _assemble(walk: Walk, store: Store, plan: Recipe) -> nn.Module:
         for name in entries["plain"]:
             _put(model, name, piece[name], walk.source.tied)
     manifest = {"layers": layers, "tied": _tied_modules(walk.source.tied, layers)}
-    swap.install(model, manifest, lambda name: {k.removeprefix(f"{name}."): tensors[k] for k in _keys(name, layers)}, plan.activations)
+    swap.install(
+        model,
+        manifest,
+        lambda name: {k.removeprefix(f"{name}."): tensors[k] for k in _keys(name, layers)},
+        plan.activations,
+    )
     swap.untie(model, manifest)
     model.config.use_cache = getattr(walk.source.config, "use_cache", True)
     return model.eval()
@@ -284,7 +307,8 @@ def _compress_layers(model: nn.Module, plan: Recipe) -> nn.Module:
             raise ShapeError(f"{name}: {e}") from None
         quantized: QuantizedTensor = solution.quantized(tuple(w.shape))
         kind = str(layer_type(layer))
-        packed = swap.pack_layer(layer, quantized, kind, plan.activations, swap.conv_options(layer) if kind == "conv2d" else None)
+        packed = swap.pack_layer(
+            layer, quantized, kind, plan.activations, swap.conv_options(layer) if kind == "conv2d" else None
+        )
         swap._set_module(model, name, packed)
     return model
-

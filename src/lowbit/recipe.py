@@ -71,7 +71,9 @@ class Recipe(BaseModel):
                 raise RecipeError(f"method {spec.name!r} has no option {name!r}. {near_names(name, known)}")
             wanted = type(spec.options[name])
             if not isinstance(value, (int, float) if wanted is float else wanted):
-                raise RecipeError(f"option {name}={value!r} of {spec.name!r} should be {wanted.__name__}, e.g. {spec.options[name]}.")
+                raise RecipeError(
+                    f"option {name}={value!r} of {spec.name!r} should be {wanted.__name__}, e.g. {spec.options[name]}."
+                )
 
     @property
     def solver(self) -> Spec:

@@ -29,7 +29,12 @@ def ids() -> torch.Tensor:
 
 
 def walk(model, ids, store=None, **recipe) -> Walk:
-    return Walk(ModuleSource(model), Recipe(**({"method": "gptq", "bits": 4, "group": 16} | recipe)), store or MemoryStore(), ids)
+    return Walk(
+        ModuleSource(model),
+        Recipe(**({"method": "gptq", "bits": 4, "group": 16} | recipe)),
+        store or MemoryStore(),
+        ids,
+    )
 
 
 @torch.no_grad()
@@ -49,7 +54,9 @@ def test_every_architecture_and_method_at_eight_bits_is_close_to_the_float_model
         a, b = model(ids).logits, packed(ids).logits
     assert float((a - b).abs().max() / a.abs().max()) < 0.03
     names = {n for n, m in packed.named_modules() if "Packed" in type(m).__name__}
-    assert {f"{find_blocks(model)[0]}.{i}.{n}" for i in (0, 1) for n in linear_layers(find_blocks(model)[1][0])} <= names
+    assert {
+        f"{find_blocks(model)[0]}.{i}.{n}" for i in (0, 1) for n in linear_layers(find_blocks(model)[1][0])
+    } <= names
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,7 +73,11 @@ def test_walking_in_place_of_the_model_gives_its_hidden_states(kind, ids):
     body = expected[-1]
     found = torch.cat(hidden)
     if norm_follows:
-        final = next(m for n, m in model.named_modules() if n.split(".")[-1] in ("norm", "ln_f", "final_layer_norm") and "layers." not in n and ".h." not in n)
+        final = next(
+            m
+            for n, m in model.named_modules()
+            if n.split(".")[-1] in ("norm", "ln_f", "final_layer_norm") and "layers." not in n and ".h." not in n
+        )
         found = final(found)
     assert torch.allclose(found, body, atol=1e-5)
 
@@ -146,7 +157,9 @@ def test_a_partial_folder_of_another_run_is_not_continued(tmp_path):
         FolderStore(tmp_path / "p", {"recipe": 2, "model": "a"})
     store = FolderStore(tmp_path / "p", {"recipe": 2, "model": "a"}, replace=True)
     store.put("x", {"t": torch.zeros(1)}, {})
-    assert FolderStore(tmp_path / "p", {"recipe": 2, "model": "a"}, replace=True).has("x"), "--force throws away only other runs"
+    assert FolderStore(tmp_path / "p", {"recipe": 2, "model": "a"}, replace=True).has("x"), (
+        "--force throws away only other runs"
+    )
 
 
 def test_the_model_handed_in_is_not_changed(ids):
@@ -167,7 +180,11 @@ def test_the_model_handed_in_is_not_changed(ids):
         ("gpt2", ["mlp.c_proj"], None),  # GELU does not scale
         ("opt", ["fc2"], "fc1"),  # ReLU does
         ("opt", ["self_attn.out_proj"], "self_attn.v_proj"),
-        ("bert", ["attention.self.query", "attention.self.key", "attention.self.value"], None),  # the residual uses it too
+        (
+            "bert",
+            ["attention.self.query", "attention.self.key", "attention.self.value"],
+            None,
+        ),  # the residual uses it too
     ],
 )
 @torch.no_grad()
@@ -201,7 +218,9 @@ def test_gptq_of_the_first_layers_equals_the_solver_called_by_hand(ids):
         for row in ids:
             calls = block_calls(model, blocks, {"input_ids": row[None]})
             gram.add(block.input_layernorm(calls[0][0][0]))
-    stacked = torch.cat([layer_matrix(m) for m in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)])
+    stacked = torch.cat(
+        [layer_matrix(m) for m in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)]
+    )
     by_hand = find("gptq").solve(stacked, gram.finish(), Format.parse("uint4-g16-search"))
     codes = w.store.pieces["block-0000"][0]["model.layers.0.self_attn.k_proj.codes"]
     assert torch.equal(codes, by_hand.rows(32, 48).quantized().tensors()["codes"])
@@ -222,7 +241,9 @@ def test_layer_rules_and_float_layers(ids):
     tensors, entries = w.store.pieces["block-0001"]
     assert entries["layers"]["model.layers.1.mlp.down_proj"]["meta"]["parts"][0]["format"] == "int8-channel"
     assert "model.layers.1.self_attn.o_proj.weight" in entries["plain"]
-    assert torch.equal(tensors["model.layers.1.self_attn.o_proj.weight"], model.state_dict()["model.layers.1.self_attn.o_proj.weight"])
+    assert torch.equal(
+        tensors["model.layers.1.self_attn.o_proj.weight"], model.state_dict()["model.layers.1.self_attn.o_proj.weight"]
+    )
 
 
 def test_a_group_that_does_not_divide_is_said_before_anything_runs(ids):
@@ -261,10 +282,21 @@ def test_plan_refuses_what_does_not_fit_and_says_what_would(ids):
 
 
 def test_a_plain_network_is_compressed_layer_by_layer():
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.Flatten(), torch.nn.Linear(32, 16), torch.nn.Linear(16, 4))
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 8, 3),
+        torch.nn.Flatten(),
+        torch.nn.Linear(32, 16),
+        torch.nn.Linear(16, 4),
+    )
     x = torch.randn(2, 3, 6, 6)
     packed = lowbit.compress(net, "rtn", bits=8, group=-1)
-    assert type(packed[0]).__name__ == "Conv2d" and type(packed[2]).__name__ == "PackedConv2d" and type(packed[5]).__name__ == "Linear"
+    assert (
+        type(packed[0]).__name__ == "Conv2d"
+        and type(packed[2]).__name__ == "PackedConv2d"
+        and type(packed[5]).__name__ == "Linear"
+    )
     assert torch.allclose(packed(x), net(x), atol=0.05)
     with pytest.raises(RecipeError, match="rtn or hqq"):
         lowbit.compress(net, "gptq")

@@ -58,7 +58,10 @@ def test_loss_is_the_damped_output_error():
 @pytest.mark.parametrize("act_order", [False, True])
 def test_block_size_does_not_matter(act_order):
     w, gram = problem()
-    codes = [run(w, gram, Format.parse("uint3-g8"), act_order=act_order, static=act_order, block=b)[0] for b in (1, 8, 12, 24)]
+    codes = [
+        run(w, gram, Format.parse("uint3-g8"), act_order=act_order, static=act_order, block=b)[0]
+        for b in (1, 8, 12, 24)
+    ]
     assert all(torch.equal(codes[0], c) for c in codes[1:])
 
 
@@ -107,7 +110,19 @@ def test_static_groups_use_grids_of_the_original_weights():
     assert torch.equal(hooks.grid.scale, fit(fmt.blocks.split(w), fmt).scale)
 
 
-@pytest.mark.parametrize("fmt", ["nf4-g8", "ternary-g8", "uint4-tile2x8", "int4-channel", "pot3nz-g8", "kmeans2-channel", "uint3-g8-double", "uint2-tensor"])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        "nf4-g8",
+        "ternary-g8",
+        "uint4-tile2x8",
+        "int4-channel",
+        "pot3nz-g8",
+        "kmeans2-channel",
+        "uint3-g8-double",
+        "uint2-tensor",
+    ],
+)
 def test_every_kind_of_format_goes_through_the_loop(fmt):
     w, gram = problem(out=8)
     fmt = Format.parse(fmt)
@@ -126,7 +141,9 @@ def test_refit_never_raises_the_error_and_finds_a_planted_scale():
     new = fmt.blocks.merge(decode(fmt.blocks.split(codes), hooks_grid._replace(scale=scale), fmt), *w.shape)
     old = fmt.blocks.merge(decode(fmt.blocks.split(codes), hooks_grid, fmt), *w.shape)
     for r in range(16):
-        assert output_error(w[r : r + 1], new[r : r + 1], gram) <= output_error(w[r : r + 1], old[r : r + 1], gram) * (1 + 1e-5)
+        assert output_error(w[r : r + 1], new[r : r + 1], gram) <= output_error(w[r : r + 1], old[r : r + 1], gram) * (
+            1 + 1e-5
+        )
     exact = refit_scales(old * 1.25, codes, hooks_grid, fmt, gram, 0.0)
     used = fmt.blocks.split(codes.float() - 8).abs().sum(1) > 0
     assert torch.allclose(exact[used], hooks_grid.scale[used] * 1.25, rtol=1e-3)

@@ -36,7 +36,10 @@ def test_methods_that_need_data_say_so():
 
 def test_searched_rtn_is_never_worse_in_its_own_norm():
     w, fmt = heavy_tailed(), Format.parse("uint3-g32")
-    error = {s: (find("rtn").solve(w, None, fmt, search=s).w_hat() - w).abs().pow(2.4).reshape(-1, 32).sum(1) for s in (False, True)}
+    error = {
+        s: (find("rtn").solve(w, None, fmt, search=s).w_hat() - w).abs().pow(2.4).reshape(-1, 32).sum(1)
+        for s in (False, True)
+    }
     assert (error[True] <= error[False] * (1 + 1e-5)).all()
     assert error[True].sum() < 0.9 * error[False].sum()
 

@@ -3,7 +3,8 @@
 Works on any transformers model whose body is one list of blocks (Llama, Qwen, Mistral, GPT-2, OPT, BERT ...). Names are the state dict's.
 """
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +16,14 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """(name, list) of the repeated blocks: the module list with the most weights. Raises ModelError where there is none."""
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} has an encoder and a decoder; only models with one stack of blocks are walked yet.")
+        raise ModelError(
+            f"{type(model).__name__} has an encoder and a decoder; only models with one stack of blocks are walked yet."
+        )
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and linear_layers(m)]
     if not lists:
-        raise ModelError(f"{type(model).__name__} has no list of repeated blocks with linear layers; use lowbit.compress(model, ...) layer by layer.")
+        raise ModelError(
+            f"{type(model).__name__} has no list of repeated blocks with linear layers; use lowbit.compress(model, ...) layer by layer."
+        )
     return max(lists, key=lambda nm: sum(p.numel() for p in nm[1].parameters()))
 
 
@@ -28,7 +33,7 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def layer_type(module: nn.Module) -> "str | None":
-    """"linear", "conv1d", "embedding", "conv2d", or None for anything that is not quantized."""
+    """ "linear", "conv1d", "embedding", "conv2d", or None for anything that is not quantized."""
     if isinstance(module, nn.Linear):
         return "linear"
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
@@ -59,7 +64,9 @@ def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, A
     return out[0] if isinstance(out, tuple) else out
 
 
-def block_calls(model: nn.Module, blocks: nn.ModuleList, batch: dict[str, Tensor]) -> "list[tuple[tuple, dict[str, Any]]]":
+def block_calls(
+    model: nn.Module, blocks: nn.ModuleList, batch: dict[str, Tensor]
+) -> "list[tuple[tuple, dict[str, Any]]]":
     """The arguments (after the hidden states) with which the model calls each block, and the first block's hidden states as args[0] of the first.
 
     The model runs once with blocks that do nothing, so no block needs its weights. Returns per block (args, kwargs), args[0] = hidden states.
@@ -77,7 +84,9 @@ def block_calls(model: nn.Module, blocks: nn.ModuleList, batch: dict[str, Tensor
         calls = [_without_cache(args, kwargs) for args, kwargs in calls]
         if len(calls) == len(blocks) and all(c[0][0].shape == calls[0][0][0].shape for c in calls):
             return calls
-    raise ModelError(f"{type(model).__name__} does not call its {len(blocks)} blocks one after the other; it cannot be walked.")
+    raise ModelError(
+        f"{type(model).__name__} does not call its {len(blocks)} blocks one after the other; it cannot be walked."
+    )
 
 
 def _without_cache(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -123,7 +132,8 @@ def input_groups(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str
     """
     seen: list[tuple[str, Tensor]] = []
     handles = [
-        m.register_forward_pre_hook(lambda _, inputs, name=n: seen.append((name, inputs[0]))) for n, m in linear_layers(block).items()
+        m.register_forward_pre_hook(lambda _, inputs, name=n: seen.append((name, inputs[0])))
+        for n, m in linear_layers(block).items()
     ]
     try:
         run_block(block, hidden, args, kwargs)
@@ -141,11 +151,14 @@ def input_groups(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str
 
 
 @torch.no_grad()
-def all_inputs(block: nn.Module, leaders: list[str], hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+def all_inputs(
+    block: nn.Module, leaders: list[str], hidden: Tensor, args: tuple, kwargs: dict[str, Any]
+) -> tuple[dict[str, Tensor], Tensor]:
     """One forward pass: the input of each named layer, and the block's output."""
     inputs: dict[str, Tensor] = {}
     handles = [
-        block.get_submodule(n).register_forward_pre_hook(lambda _, x, name=n: inputs.__setitem__(name, x[0])) for n in leaders
+        block.get_submodule(n).register_forward_pre_hook(lambda _, x, name=n: inputs.__setitem__(name, x[0]))
+        for n in leaders
     ]
     try:
         return inputs, run_block(block, hidden, args, kwargs)

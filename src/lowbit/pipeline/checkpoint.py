@@ -10,8 +10,9 @@ Every file is written under another name, flushed, and renamed. A piece is compl
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from torch import Tensor
 

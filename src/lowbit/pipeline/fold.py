@@ -35,7 +35,9 @@ def module_is_linear(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def find_producer(block: nn.Module, group: list[str], hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> "str | None":
+def find_producer(
+    block: nn.Module, group: list[str], hidden: Tensor, args: tuple, kwargs: dict[str, Any]
+) -> "str | None":
     """The name of a module that can take the group's input scaling, or None. Weights are as before when it returns."""
     inputs, before = all_inputs(block, group[:1], hidden, args, kwargs)
     width = inputs[group[0]].shape[-1]

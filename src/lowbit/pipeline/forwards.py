@@ -6,7 +6,8 @@ so the whole block costs one pass. Memory: the live activations of all windows a
 states and repeats the beginnings instead; both give the same numbers.
 """
 
-from typing import Any, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ class SequentialForwards:
     Use it inside torch.no_grad(): paused passes interleave, so each cannot switch gradients off and on for itself.
     """
 
-    def __init__(self, block: nn.Module, hidden: list[Tensor], call: tuple[tuple, dict[str, Any]], recompute: bool = False) -> None:
+    def __init__(
+        self, block: nn.Module, hidden: list[Tensor], call: tuple[tuple, dict[str, Any]], recompute: bool = False
+    ) -> None:
         self.block, self.hidden, self.call, self.recompute = block, hidden, call, recompute
         self.passes: list[greenlet] = []
 

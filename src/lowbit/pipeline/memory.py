@@ -76,7 +76,9 @@ def peak_bytes(s: Sizes, recompute: bool) -> int:
 
 
 def _too_small(s: Sizes, ceiling: int, needed: int, windows: int) -> str:
-    smaller = [n for n in range(windows - 1, 0, -1) if peak_bytes(_with_tokens(s, s.tokens * n // windows), True) <= ceiling]
+    smaller = [
+        n for n in range(windows - 1, 0, -1) if peak_bytes(_with_tokens(s, s.tokens * n // windows), True) <= ceiling
+    ]
     fix = f"--windows {smaller[0]}" if smaller else f"--max-ram {_gb(needed)}"
     return f"the run needs about {_gb(needed)}, more than the ceiling of {_gb(ceiling)}. Try {fix}."
 

@@ -5,17 +5,28 @@ store, so that a killed run goes on from the last finished block and ends with t
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.evaluate import resident_memory_bytes
 from lowbit.errors import LowbitError, ModelError, ShapeError
-from lowbit.formats import Format, QuantizedTensor, encode, fit
-from lowbit.pipeline.blocks import block_calls, find_blocks, input_groups, layer_matrix, layer_type, linear_layers, run_block
+from lowbit.evaluate import resident_memory_bytes
+from lowbit.formats import Format, QuantizedTensor
+from lowbit.pipeline.blocks import (
+    all_inputs,
+    block_calls,
+    find_blocks,
+    input_groups,
+    layer_matrix,
+    layer_type,
+    linear_layers,
+    run_block,
+)
 from lowbit.pipeline.checkpoint import Entries, Store
+from lowbit.pipeline.describe import layer_entry, layer_errors, layer_tensors
 from lowbit.pipeline.embeddings import quantize_rows
 from lowbit.pipeline.fold import find_producer, fold
 from lowbit.pipeline.forwards import SequentialForwards
@@ -23,7 +34,7 @@ from lowbit.pipeline.memory import Plan, Sizes, make_plan, release_memory
 from lowbit.recipe import Recipe
 from lowbit.solvers import Solution
 from lowbit.sources import ModelSource, check_finite, drop, set_tensor
-from lowbit.statistics import GramAccumulator, LayerStatistics, output_energy, output_error
+from lowbit.statistics import GramAccumulator, LayerStatistics
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -46,7 +57,7 @@ class Walk:
         self.prefix, self.blocks = find_blocks(self.model)
         self.names = self.source.keys()
         self.calls: list[tuple[tuple, dict[str, Any]]] = []
-        self.producers: dict[tuple[str, ...], "str | None"] = {}
+        self.producers: dict[tuple[str, ...], str | None] = {}
         self.check_shapes()
 
     # -- before anything runs
@@ -116,7 +127,7 @@ class Walk:
         plain, tensors, entries = self._read(names), {}, {}
         if embedding is not None and (packed := self._pack_embedding(embedding, calibrate)):
             plain.pop(f"{embedding}.weight")
-            tensors, entries = _layer_tensors(embedding, packed), {embedding: _entry("embedding", packed, False)}
+            tensors, entries = layer_tensors(embedding, packed), {embedding: layer_entry("embedding", packed, False)}
         if not self.store.has("opening"):
             self.store.put("opening", {**tensors, **plain}, {"layers": entries, "plain": list(plain)})
         if calibrate:
@@ -154,17 +165,23 @@ class Walk:
         layers: Entries = {}
         for name, (entry, q) in solved.items():
             plain.pop(f"{name}.weight", None)
-            tensors |= _layer_tensors(name, q)
+            tensors |= layer_tensors(name, q)
             layers[name] = entry
         for name in set(plain) & self._changed(block, i, plain):
             plain[name] = self.model.get_parameter(name).detach().to(plain[name].dtype)
-        self.store.put(f"block-{i:04d}", {**tensors, **plain}, {"layers": layers, "plain": list(plain), "seconds": time.perf_counter() - began})
+        self.store.put(
+            f"block-{i:04d}",
+            {**tensors, **plain},
+            {"layers": layers, "plain": list(plain), "seconds": time.perf_counter() - began},
+        )
         if self.windows is not None:
             self.store.put_hidden(i + 1, hidden)
         drop(self.model, [n for n in names if n in dict(self.model.named_parameters())])
         return hidden
 
-    def _solve_all(self, i: int, block: nn.Module, hidden: list[Tensor], recompute: bool) -> "dict[str, tuple[Entries, QuantizedTensor]]":
+    def _solve_all(
+        self, i: int, block: nn.Module, hidden: list[Tensor], recompute: bool
+    ) -> "dict[str, tuple[Entries, QuantizedTensor]]":
         """Full layer name -> (entry, quantized tensor); advances the hidden states in place."""
         if self.windows is None:
             return self._solve_group(i, block, list(linear_layers(block)), None)
@@ -180,7 +197,9 @@ class Walk:
         unused = [n for n in linear_layers(block) if n not in {m for g in groups for m in g}]
         return solved | self._solve_group(i, block, unused, None)
 
-    def _solve_smoothed(self, i: int, block: nn.Module, groups: list[list[str]], hidden: list[Tensor]) -> "dict[str, tuple[Entries, QuantizedTensor]]":
+    def _solve_smoothed(
+        self, i: int, block: nn.Module, groups: list[list[str]], hidden: list[Tensor]
+    ) -> "dict[str, tuple[Entries, QuantizedTensor]]":
         """AWQ's order: statistics of all groups in the float block, fold all scalings, then solve, then one pass with the rounded weights."""
         statistics = self._float_statistics(block, [g[0] for g in groups], hidden, self.calls[i])
         smooth = self.recipe.solver.smooth
@@ -206,8 +225,6 @@ class Walk:
     def _float_statistics(
         self, block: nn.Module, leaders: list[str], hidden: list[Tensor], call: tuple[tuple, dict[str, Any]]
     ) -> dict[str, LayerStatistics]:
-        from lowbit.pipeline.blocks import all_inputs
-
         sums = {n: GramAccumulator(layer_matrix(block.get_submodule(n)).shape[1]) for n in leaders}
         for h in hidden:
             for name, x in all_inputs(block, leaders, h, *call)[0].items():
@@ -228,7 +245,9 @@ class Walk:
                 rows = layer_matrix(layer).shape[0]
                 part = solution if len(layers) == 1 else solution.rows(start, start + rows)
                 start += rows
-                solved[f"{self.prefix}.{i}.{name}"] = self._finish(i, f"{self.prefix}.{i}.{name}", layer, part, statistics)
+                solved[f"{self.prefix}.{i}.{name}"] = self._finish(
+                    i, f"{self.prefix}.{i}.{name}", layer, part, statistics
+                )
         return solved
 
     def _stacks(self, i: int, group: list[str], shared: bool) -> "list[tuple[list[str], Format]]":
@@ -241,12 +260,14 @@ class Walk:
                 stacks.setdefault(name if alone else fmt, ([], fmt))[0].append(name)
         return list(stacks.values())
 
-    def _finish(self, i: int, full: str, layer: nn.Module, solution: Solution, statistics: "LayerStatistics | None") -> tuple[Entries, QuantizedTensor]:
+    def _finish(
+        self, i: int, full: str, layer: nn.Module, solution: Solution, statistics: "LayerStatistics | None"
+    ) -> tuple[Entries, QuantizedTensor]:
         """Describe one solved layer and give it its rounded weight."""
         w, kind = layer_matrix(layer), layer_type(layer)
         q = solution.quantized()
         w_hat = q.dequantize()
-        entry = _entry(kind or "linear", q, getattr(layer, "bias", None) is not None)
+        entry = layer_entry(kind or "linear", q, getattr(layer, "bias", None) is not None)
         entry |= layer_errors(w, w_hat, solution.format, statistics) | {"notes": solution.notes}
         layer_matrix(layer).copy_(w_hat)
         self._say("layer", i, name=full, error=entry["error"], format=str(q.format), bits_per_weight=q.bits_per_weight)
@@ -265,7 +286,7 @@ class Walk:
             if fmt is not None:
                 q = quantize_rows(layer_matrix(module), fmt)
                 plain.pop(f"{head}.weight")
-                tensors, entries = _layer_tensors(head, q), {head: _entry("linear", q, f"{head}.bias" in plain)}
+                tensors, entries = layer_tensors(head, q), {head: layer_entry("linear", q, f"{head}.bias" in plain)}
         self.store.put("closing", {**tensors, **plain}, {"layers": entries, "plain": list(plain)})
         drop(self.model, [n for n in names if n in dict(self.model.named_parameters())])
 
@@ -300,7 +321,13 @@ class Walk:
     def _head(self) -> "str | None":
         """The output head if it has weights of its own."""
         name = _module_name(self.model, getattr(self.model, "get_output_embeddings", lambda: None)())
-        return None if name is None or f"{name}.weight" in self.source.tied or layer_type(self.model.get_submodule(name)) != "linear" else name
+        return (
+            None
+            if name is None
+            or f"{name}.weight" in self.source.tied
+            or layer_type(self.model.get_submodule(name)) != "linear"
+            else name
+        )
 
     def _of_head(self, name: str) -> bool:
         head = self._head()
@@ -311,51 +338,11 @@ class Walk:
         self.progress({"event": event, "block": i, "blocks": len(self.blocks), **memory, **more})
 
 
-def layer_errors(w: Tensor, w_hat: Tensor, fmt: Format, statistics: "LayerStatistics | None") -> Entries:
-    """error: relative error of the outputs (of the weights without statistics); error_rtn: the same of plain rounding;
-    sensitivity: how much the inputs amplify a unit of relative weight noise, mean(diag H) |W|^2 / tr(W H W^T)."""
-    blocks = fmt.blocks.split(w.float())
-    plain_fmt = fmt.with_(scale_rule=Format(fmt.levels, fmt.blocks, zero=fmt.zero).scale_rule)
-    rtn = fmt.blocks.merge(_rounded(blocks, plain_fmt), *w.shape)
-    if statistics is None:
-        energy = max(float(w.float().square().sum(dtype=torch.float64)), 1e-30)
-        errors = [float((x - w).square().sum(dtype=torch.float64)) / energy for x in (w_hat, rtn)]
-        return {"error": errors[0], "error_rtn": errors[1], "error_of": "weight", "sensitivity": None}
-    energy = max(output_energy(w, statistics.gram), 1e-30)
-    errors = [output_error(w, x, statistics.gram) / energy for x in (w_hat, rtn)]
-    noise = float(statistics.gram.diagonal().mean() * w.float().square().sum()) / energy
-    return {"error": errors[0], "error_rtn": errors[1], "error_of": "output", "sensitivity": noise}
-
-
-def _rounded(blocks: Tensor, fmt: Format) -> Tensor:
-    from lowbit.formats import decode
-
-    grid = fit(blocks, fmt)
-    return decode(encode(blocks, grid, fmt), grid, fmt)
-
-
 def _accumulate(inputs: Any, size: int) -> LayerStatistics:
     gram = GramAccumulator(size)
     for x in inputs:
         gram.add(x)
     return gram.finish()
-
-
-def _entry(kind: str, q: QuantizedTensor, bias: bool) -> Entries:
-    return {
-        "type": kind,
-        "meta": q.meta(),
-        "bias": bias,
-        "bytes": q.nbytes,
-        "bits_per_weight": q.bits_per_weight,
-        "error": None,
-        "error_rtn": None,
-        "sensitivity": None,
-    }
-
-
-def _layer_tensors(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
-    return {f"{name}.{k}": t for k, t in q.tensors().items()}
 
 
 def _module_name(model: nn.Module, wanted: Any) -> "str | None":

@@ -13,6 +13,8 @@ Columns are kept transposed, so that each is contiguous. Errors are applied insi
 Source: Frantar 2022 (GPTQ, arXiv:2210.17323), algorithm 1; identities derived.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +47,8 @@ def solve_columns(
     u, used = inverse_cholesky(gram[order][:, order] if act_order else gram, damping)
     columns = w[:, order].T.contiguous()
     hooks.start(w, order, u)
-    loss = _loop(columns, u, hooks, hooks.block_size(block))
+    with one_thread():
+        loss = _loop(columns, u, hooks, hooks.block_size(block))
     return LoopResult(order, loss, used, int(dead.sum()))
 
 
@@ -66,6 +69,17 @@ def _loop(columns: Tensor, u: Tensor, hooks: "ColumnHooks", block: int) -> float
         columns[i2:].addmm_(u[i1:i2, i2:].T, errors, alpha=-1)
         loss += float(errors.square().sum(dtype=torch.float64))
     return loss
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A column is too little work to share: a second thread saves nothing, and waiting for it is slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def inverse_cholesky(gram: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -141,7 +155,9 @@ class GridHooks(ColumnHooks):
         """One column of scale (out, 1) per group of columns: what a column's rounding needs."""
         shape = (self.down, self.across, -1)
         spread = [None if t is None else t.reshape(shape).repeat_interleave(self.rows, 0) for t in tuple(self.grid)]
-        self.per_group = [Grid(*(None if t is None else t[:, g].contiguous() for t in spread)) for g in range(self.across)]
+        self.per_group = [
+            Grid(*(None if t is None else t[:, g].contiguous() for t in spread)) for g in range(self.across)
+        ]
 
     def group(self, j: int, columns: Tensor) -> None:
         if self.static or j % self.cols:

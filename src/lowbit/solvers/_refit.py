@@ -14,7 +14,9 @@ from lowbit.formats import Format, Grid, decode
 from lowbit.formats.stores import round_scale
 
 
-def refit_scales(w: Tensor, codes: Tensor, grid: Grid, fmt: Format, gram: Tensor, damping: float, chunk: int = 256) -> Tensor:
+def refit_scales(
+    w: Tensor, codes: Tensor, grid: Grid, fmt: Format, gram: Tensor, damping: float, chunk: int = 256
+) -> Tensor:
     """New scales (blocks, 1), rounded as stored. w (out, in), codes (out, in); blocks one row high."""
     out, in_ = w.shape
     groups = fmt.blocks.grid(out, in_)[1]
@@ -22,7 +24,9 @@ def refit_scales(w: Tensor, codes: Tensor, grid: Grid, fmt: Format, gram: Tensor
     h = gram.clone()
     h.diagonal().add_(damping * gram.diagonal().mean())
     old = grid.scale.reshape(out, groups)
-    new = torch.cat([_solve_rows(w[i : i + chunk], levels[i : i + chunk], h, old[i : i + chunk]) for i in range(0, out, chunk)])
+    new = torch.cat(
+        [_solve_rows(w[i : i + chunk], levels[i : i + chunk], h, old[i : i + chunk]) for i in range(0, out, chunk)]
+    )
     new = round_scale(new, fmt.scale_dtype)
     better = _errors(w, levels, new, h) < _errors(w, levels, old, h)
     return torch.where(better[:, None], new, old).reshape(-1, 1)

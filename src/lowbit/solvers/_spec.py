@@ -5,8 +5,9 @@
 Rows of w are independent under one Gram matrix, so layers that share their input are solved stacked and the solution is cut by rows.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor

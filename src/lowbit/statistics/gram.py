@@ -57,10 +57,14 @@ class GramAccumulator:
     def finish(self) -> LayerStatistics:
         """Averages. Raises DataError where nothing was added or an input was not finite."""
         if self.tokens == 0:
-            raise DataError("no calibration tokens reached this layer: it is not used in the forward pass. List it in skip.")
+            raise DataError(
+                "no calibration tokens reached this layer: it is not used in the forward pass. List it in skip."
+            )
         gram = (self.gram / self.tokens).float()
         if not bool(torch.isfinite(gram).all()):
-            raise DataError("calibration activations hold NaN or infinity: the model's weights or their dtype are broken.")
+            raise DataError(
+                "calibration activations hold NaN or infinity: the model's weights or their dtype are broken."
+            )
         return LayerStatistics(gram, (self.abs_sum / self.tokens).float(), self.tokens)
 
 
