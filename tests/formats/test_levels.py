@@ -181,3 +181,13 @@ def test_a_level_set_of_ones_own() -> None:
     odd = LevelSet("odd2", (-3.0, -1.0, 1.0, 3.0), 2)
     assert nearest(torch.tensor([-5.0, -0.1, 0.0, 2.5]), odd.table()).tolist() == [0, 1, 2, 3]
     assert odd.storage_bits == 2 and levels("ternary").storage_bits == 1.6
+
+
+def test_sign_of_zero_survives_flushing_of_subnormals() -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals")
+    try:
+        codes = nearest(torch.tensor([0.0, -0.0, 1e-30, -1e-30]), torch.tensor([-1.0, 1.0]))
+    finally:
+        torch.set_flush_denormal(False)
+    assert codes.tolist() == [1, 1, 1, 0]

@@ -125,6 +125,12 @@ def test_lessons_of_the_card() -> None:
     assert found["pot3nz"] < found["pot3"] and found["pot4nz"] > 2.5 * found["int4"]
 
 
+def test_uneven_levels_gain_from_stretched_ranges() -> None:
+    """Shrinking alone gives 0.0024 for E3M2: its widest gap lies at the end, and may better stay empty."""
+    w = normal(2**14).reshape(-1, 128)
+    assert error(Format.parse("fp6_e3m2-search-fp32"), w) < 0.00215
+
+
 # ---------------------------------------------------------------- ternary and binary rules
 
 # threshold, level, share of zeros, error, entropy in bits
@@ -177,8 +183,8 @@ def test_ternary_and_binary_rules_roughly() -> None:
 
 @pytest.mark.slow
 def test_ternary_and_binary_rules() -> None:
-    check_ternary(4_000_000, 1.5e-3)
-    check_signs(4_000_000, 1.5e-3)
+    check_ternary(4_000_000, 1e-3)
+    check_signs(4_000_000, 1e-3)
 
 
 def test_the_twn_rule_cuts_at_half_its_level_and_gains() -> None:

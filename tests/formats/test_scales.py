@@ -121,6 +121,7 @@ def slow_search(row: list[float], bits: int) -> float:
 
 
 def test_search_finds_the_least_error_of_all_candidates() -> None:
+    assert SHRINKS == pytest.approx([1 - i / 100 for i in range(80)]) and SHRINKS[0] == 1.0  # 1.00 .. 0.21
     w = torch.distributions.StudentT(3.0).sample((8, 32))
     found = (w_hat("uint3-search", w) - w).double().abs().pow(2.4).sum(1)
     for error, row in zip(found.tolist(), w.tolist()):
@@ -267,6 +268,12 @@ def test_blocks_far_from_zero_with_a_real_zero(text: str, spread: float) -> None
     w = 5 + spread * torch.randn(8, 32)
     error = (w_hat(text, w) - w).abs().max()
     assert float(error) <= 2 * spread + 5 * 2.0**-10  # fp16 places the block to half a unit of its eleven bits
+
+
+def test_double_quantized_scales_keep_blocks_where_they_are() -> None:
+    w = 5 + torch.randn(64, 32) * torch.logspace(-2, 0, 64)[:, None]  # scales differ a hundredfold: coarse steps
+    error = (w_hat("uint4-zreal-double", w) - w).abs().amax(1)
+    assert float(error[:8].max()) < 0.06  # codes of those scales are off by up to a fifth, and 5 / scale is about 2000
 
 
 def test_one_outlier_in_a_block() -> None:
