@@ -140,6 +140,8 @@ def test_lower_rooms_do_not_print_or_read_files(path: Path) -> None:
     }
     for line, name in calls(tree):
         ends = name.rsplit(".", 1)[-1]
+        if path.name == "_columns.py" and name == "torch.set_num_threads":
+            continue  # one_thread() there sets it for the loop and puts it back
         bad = name in loud or ends in {"read_text", "write_text", "read_bytes", "write_bytes"}
         assert not bad, f"{path.relative_to(SRC)}:{line}: calls {name}"
     for line, module in imported(tree, path):
