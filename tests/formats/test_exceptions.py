@@ -57,6 +57,17 @@ def test_the_dense_part_does_not_see_the_exceptions(text: str) -> None:
     assert (one.dequantize() - w)[~mask].square().sum() < (alone - w)[~mask].square().sum()
 
 
+def test_the_dense_scale_is_that_of_the_kept_weights() -> None:
+    w, mask = outliers()
+    qt = split_quantize(w, mask, Format.parse("ternary-channel-fp32"))
+    kept = torch.stack([row[~m].abs().mean() for row, m in zip(w, mask)])
+    assert torch.allclose(qt.grid().scale[:, 0], kept, rtol=1e-6)
+    h = torch.rand(w.shape)
+    h[0] = 0
+    importance = split_quantize(w, mask, Format.parse("ternary-channel-fp32"), importance=h)
+    assert torch.allclose(importance.grid().scale[:, 0], kept, rtol=1e-6)
+
+
 @pytest.mark.parametrize("text", [*DENSE, "uint2-g16-zreal-stochastic", "int2-stochastic"])
 def test_dense_codes_at_masked_places_are_the_nearest_to_zero(text: str) -> None:
     w, mask = outliers()

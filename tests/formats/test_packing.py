@@ -89,6 +89,8 @@ def test_packing_does_not_share_memory() -> None:
         (lambda: pack_trits(as_codes([3])), "code 3 does not fit"),
         (lambda: pack_bits(torch.zeros(3), 3), "not torch.uint8: encode the weights first"),
         (lambda: unpack_bits(as_codes([0, 0]), 3, 8), r"needed \(3,\)"),
+        (lambda: unpack_bits(as_codes([0, 0, 0, 0]), 3, 8), r"needed \(3,\)"),
+        (lambda: unpack_trits(as_codes([0, 0]), 5), r"needed \(1,\)"),
         (lambda: unpack_bits(torch.zeros(3), 3, 8), "torch.float32, needed"),
         (lambda: unpack_bits(torch.zeros(1, 3, dtype=torch.uint8), 3, 8), r"needed \(3,\)"),
         (lambda: unpack_trits(as_codes([243]), 5), "above 242"),

@@ -350,6 +350,17 @@ def test_impossible_numbers_are_refused(text: str, key: str, value: float, messa
         QuantizedTensor.from_tensors(qt.meta(), tensors)
 
 
+def test_descriptions_are_taken_literally() -> None:
+    qt = quantize(torch.randn(1, 16), Format.parse("int4"))
+    part = qt.meta()["parts"][0]
+    for shape in ([1.0, 16], [True, 16], ["1", 16], [1, -16], [2**41, 0], [1, 2**41]):
+        with pytest.raises(FormatError, match="impossible shape|damaged"):
+            QuantizedTensor.from_tensors({"shape": shape, "parts": [part]}, qt.tensors())
+    for meta in (qt.meta() | {"rotated": True}, {"shape": [1, 16], "parts": [part | {"rotated": True}]}):
+        with pytest.raises(FormatError, match="unknown fields"):
+            QuantizedTensor.from_tensors(meta, qt.tensors())
+
+
 def test_parts_must_be_disjoint_and_masked() -> None:
     w = torch.randn(2, 16)
     mask = w > 0.5
