@@ -40,6 +40,7 @@ def walk(model, ids, store=None, **recipe) -> Walk:
 @torch.no_grad()
 def first_block(model, ids):
     _, blocks = find_blocks(model)
+    model.config.use_cache = False  # as the walk does
     calls = block_calls(model, blocks, {"input_ids": ids[:1]})
     args, kwargs = calls[0]
     return blocks[0], args[0], (args[1:], kwargs)

@@ -297,6 +297,7 @@ def test_operators_keep_torchs_rules(name: str) -> None:
         torch.library.opcheck(getattr(torch.ops.lowbit, name).default, (args[0].clone().requires_grad_(), *args[1:]))
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.4."), reason="torch 2.4 warns of every custom operator it exports")
 @pytest.mark.parametrize("activations", ["float", "int8"])
 def test_export_and_compile_see_the_operators(activations: str) -> None:
     model, x = nn.Sequential(packed("uint4-g16"), nn.ReLU()).requires_grad_(False), torch.randn(3, 96)

@@ -106,11 +106,11 @@ def _write_metadata(w: gguf.GGUFWriter) -> None:
     w.add_rope_freq_base(5000.0)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_file_type(F.MOSTLY_Q8_0)
-    alphabet = [chr(c) for c in range(ord("!"), ord("!") + VOCAB - 4)]
+    alphabet = [chr(c) for c in range(ord("!"), ord("!") + VOCAB - 5)]
     w.add_tokenizer_model("gpt2")
-    w.add_token_list(["<pad>", "<s>", "</s>", *alphabet, '!"'])
+    w.add_token_list(["<pad>", "<s>", "</s>", *alphabet, '"#', '!"'])
     w.add_token_types([3, 3, 3] + [1] * (VOCAB - 3))
-    w.add_token_merges(['! "'])
+    w.add_token_merges(['! "', '" #'])  # two: transformers before 4.52 misreads a list of one
     w.add_bos_token_id(1)
     w.add_eos_token_id(2)
     w.add_pad_token_id(0)

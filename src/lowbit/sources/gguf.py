@@ -151,17 +151,19 @@ def _gguf_names(architecture: str, config: Any, model: nn.Module, processor: Any
     table = get_tensor_name_map(archs[0], config.num_hidden_layers)
     prefix = getattr(model, "base_model_prefix", "") + "."
     found: dict[str, str] = {}
+    rename = getattr(processor, "preprocess_name", str)  # transformers before 4.52 has neither of the two hooks
+    map_rest = getattr(processor, "perform_fallback_tensor_mapping", None)
     for name in names:
-        tail = processor.preprocess_name(name)
+        tail = rename(name)
         base, _, suffix = tail.rpartition(".")
         if suffix not in ("weight", "bias"):
             base, suffix = tail, ""
         stored = table.get_name(base) or table.get_name(base.removeprefix(prefix))
         dot = "." + suffix if suffix else ""
-        if stored is None:
-            processor.perform_fallback_tensor_mapping(found, dot, "", tail)
-        else:
+        if stored is not None:
             found.setdefault(stored + dot, name)
+        elif map_rest is not None:
+            map_rest(found, dot, "", tail)
     return found
 
 
