@@ -10,6 +10,7 @@
 A format's string is its name in files and on the command line; `Format.parse(str(f)) == f`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -47,8 +48,21 @@ class Grid(NamedTuple):
 
     def take(self, at: Any) -> "Grid":
         """A sub-grid: the same selection of blocks (slice, mask or index tensor) from each member."""
+        return self.map(lambda member: member[at])
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Grid":
+        """The grid of fn(member), for the members that are there."""
         scale, zero, table = self
-        return Grid(scale[at], None if zero is None else zero[at], None if table is None else table[at])
+        return Grid(fn(scale), None if zero is None else fn(zero), None if table is None else fn(table))
+
+    def where(self, condition: Tensor, other: "Grid") -> "Grid":
+        """This grid's blocks where condition (blocks, 1) holds, else those of `other`, which has the same members."""
+
+        def chosen(a: "Tensor | None", b: "Tensor | None") -> "Tensor | None":
+            return None if a is None or b is None else torch.where(condition, a, b)
+
+        scale = torch.where(condition, self.scale, other.scale)
+        return Grid(scale, chosen(self.zero, other.zero), chosen(self.table, other.table))
 
 
 CHANNEL, TENSOR = Blocks(1, -1), Blocks(-1, -1)
