@@ -87,7 +87,7 @@ def test_dead_inputs_get_weight_zero_before_grids_are_fitted():
     w, gram = problem()
     gram[3], gram[:, 3] = 0, 0
     w[:, 3] = 50.0
-    codes, w_hat, loop = run(w, gram, Format.parse("uint4-g8"))
+    _codes, w_hat, loop = run(w, gram, Format.parse("uint4-g8"))
     assert loop.dead == 1
     assert not w_hat[:, 3].any()
     assert w_hat[:, :8].abs().max() < 10  # the dead outlier did not stretch its group's grid
@@ -135,15 +135,14 @@ def test_every_kind_of_format_goes_through_the_loop(fmt):
 def test_refit_never_raises_the_error_and_finds_a_planted_scale():
     w, gram = problem(out=16)
     fmt = Format.parse("int4-g8-fp32")
-    codes, w_hat, _ = run(w, gram, fmt)
+    codes, _w_hat, _loop = run(w, gram, fmt)
     hooks_grid = fit(fmt.blocks.split(w), fmt)
     scale = refit_scales(w, codes, hooks_grid, fmt, gram, 0.0)
     new = fmt.blocks.merge(decode(fmt.blocks.split(codes), hooks_grid._replace(scale=scale), fmt), *w.shape)
     old = fmt.blocks.merge(decode(fmt.blocks.split(codes), hooks_grid, fmt), *w.shape)
-    for r in range(16):
-        assert output_error(w[r : r + 1], new[r : r + 1], gram) <= output_error(w[r : r + 1], old[r : r + 1], gram) * (
-            1 + 1e-5
-        )
+    for row in range(16):
+        error_new, error_old = (output_error(w[row : row + 1], q[row : row + 1], gram) for q in (new, old))
+        assert error_new <= error_old * (1 + 1e-5)
     exact = refit_scales(old * 1.25, codes, hooks_grid, fmt, gram, 0.0)
     used = fmt.blocks.split(codes.float() - 8).abs().sum(1) > 0
     assert torch.allclose(exact[used], hooks_grid.scale[used] * 1.25, rtol=1e-3)

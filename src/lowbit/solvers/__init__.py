@@ -1,4 +1,7 @@
-"""Solvers: (weight, statistics, format) -> codes and grid, for one layer. One file a method; the folder is the table."""
+"""Solvers: (weight, statistics, format) -> codes and grid, for one layer.
+
+One file a method; the folder is the table.
+"""
 
 from lowbit.errors import RecipeError, near_names
 from lowbit.solvers._spec import Solution, Spec

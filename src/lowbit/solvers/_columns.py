@@ -9,7 +9,8 @@ Sum of all e^2 = tr[(W - Q) H (W - Q)^T] with the damped H, to rounding. Methods
     quantize(j, column)       -> the column's value after rounding (out,)
     exempt(j, column, q, e)   -> e, with zeros where a weight keeps its value (outliers)
 
-Columns are kept transposed, so that each is contiguous. Errors are applied inside a block of columns at once and to the rest in one product.
+Columns are kept transposed, so that each is contiguous. Errors are applied inside a block of columns at once, and to
+the rest in one product.
 Source: Frantar 2022 (GPTQ, arXiv:2210.17323), algorithm 1; identities derived.
 """
 
@@ -27,7 +28,13 @@ from lowbit.solvers._spec import empty_grid
 
 @dataclass(frozen=True)
 class LoopResult:
-    """order: column visited at step j; loss: sum of e^2; damping: the fraction of the mean diagonal that was needed; dead: columns set to 0."""
+    """What the loop reports beside the result, which lives in the hooks.
+
+    order:   column visited at step j
+    loss:    sum of e^2
+    damping: the fraction of the mean diagonal that was needed
+    dead:    how many columns were set to 0
+    """
 
     order: Tensor
     loss: float
@@ -73,7 +80,10 @@ def _loop(columns: Tensor, u: Tensor, hooks: "ColumnHooks", block: int) -> float
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """A column is too little work to share: a second thread saves nothing, and waiting for it is slow on a busy machine."""
+    """Run what is inside with one thread, then give the others back.
+
+    A column is too little work to share: a second thread saves nothing, and waiting for it is slow on a busy machine.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -118,7 +128,7 @@ class ColumnHooks:
 
 
 class GridHooks(ColumnHooks):
-    """Round each column on the grid of its block; the grid is found at the start ("static") or on entering a group.
+    """Round each column on the grid of its block, found at the start ("static") or on entering a group.
 
     importance: (in,) weight of each input channel's squared error in searched grids, or None.
     """
@@ -132,7 +142,7 @@ class GridHooks(ColumnHooks):
         self.grid = empty_grid(self.down * self.across, fmt)
 
     def block_size(self, wanted: int) -> int:
-        """A block holds whole groups, or a group whole blocks, so that a grid is always fitted on compensated columns."""
+        """A block holds whole groups, or a group whole blocks: grids are always fitted on compensated columns."""
         if self.static or wanted % self.cols == 0 or self.cols % wanted == 0:
             return wanted
         return self.cols
@@ -154,10 +164,12 @@ class GridHooks(ColumnHooks):
     def _spread(self) -> None:
         """One column of scale (out, 1) per group of columns: what a column's rounding needs."""
         shape = (self.down, self.across, -1)
-        spread = [None if t is None else t.reshape(shape).repeat_interleave(self.rows, 0) for t in tuple(self.grid)]
-        self.per_group = [
-            Grid(*(None if t is None else t[:, g].contiguous() for t in spread)) for g in range(self.across)
-        ]
+        spread = self.grid.map(lambda t: t.reshape(shape).repeat_interleave(self.rows, 0))
+
+        def column(g: int) -> Grid:
+            return spread.map(lambda t: t[:, g].contiguous())
+
+        self.per_group = [column(g) for g in range(self.across)]
 
     def group(self, j: int, columns: Tensor) -> None:
         if self.static or j % self.cols:
@@ -169,8 +181,7 @@ class GridHooks(ColumnHooks):
         for whole, part in zip(tuple(self.grid), tuple(found)):
             if whole is not None and part is not None:
                 whole.reshape(self.down, self.across, -1)[:, g] = part
-        spread = Grid(*(None if t is None else t.repeat_interleave(self.rows, 0) for t in tuple(found)))
-        self.now = spread
+        self.now = found.map(lambda t: t.repeat_interleave(self.rows, 0))
 
     def quantize(self, j: int, column: Tensor) -> Tensor:
         grid = self.per_group[self.group_of[j]] if self.static else self.now

@@ -33,7 +33,10 @@ def refit_scales(
 
 
 def _solve_rows(w: Tensor, levels: Tensor, h: Tensor, old: Tensor) -> Tensor:
-    """(rows, groups): the scales of some rows; groups whose solution is not positive, or whose levels are all 0, keep the old one."""
+    """The scales (rows, groups) of some rows.
+
+    Groups whose solution is not positive, or whose levels are all 0, keep the old one.
+    """
     rows, groups, size = levels.shape
     hl = torch.einsum("rgi,gihj->rghj", levels, h.reshape(groups, size, groups, size))
     a = torch.einsum("rghj,rhj->rgh", hl, levels)

@@ -2,7 +2,8 @@
 
     solver: (w (out, in) float32, statistics or None, format, options) -> Solution
 
-Rows of w are independent under one Gram matrix, so layers that share their input are solved stacked and the solution is cut by rows.
+Rows of w are independent under one Gram matrix, so layers that share their input are solved stacked, and the solution
+is cut by rows.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,8 @@ class Solution:
     def rows(self, start: int, stop: int) -> "Solution":
         """The solution of w[start:stop]; only for formats whose blocks are one row high."""
         across = self.format.blocks.grid(*self.codes.shape)[1]
-        return Solution(self.codes[start:stop], self.grid[start * across : stop * across], self.format, self.notes)
+        grid = self.grid.take(slice(start * across, stop * across))
+        return Solution(self.codes[start:stop], grid, self.format, self.notes)
 
     def quantized(self, shape: "tuple[int, ...] | None" = None) -> QuantizedTensor:
         return QuantizedTensor.from_codes(self.codes, self.grid, self.format, shape)
@@ -44,7 +46,11 @@ Solver = Callable[..., Solution]
 
 @dataclass(frozen=True)
 class Spec:
-    """One method. `options` are the keyword defaults that `--set` and recipes may change; `format` is a template of the default format."""
+    """One method.
+
+    format:  template of the default format
+    options: the keyword defaults that `--set` and recipes may change
+    """
 
     name: str
     title: str

@@ -1,11 +1,14 @@
 """AWQ: scale salient input channels up before rounding, fold the scale into the layer before, then clip.
 
-    t = max(a^alpha, 1e-4) / sqrt(max t * min t),  a = mean |x|,  alpha in 0, 1/20 .. 19/20:  keep the least  tr[(Q_t - W) H (Q_t - W)^T]
-    clip: per group, c = absmax (1 - i/20), i = 0 .. 9, keep the least  (Q - W)_g H_gg (Q - W)_g^T
+    scale: t = max(a^alpha, 1e-4) / sqrt(max t * min t),  a = mean |x|,  alpha in 0, 1/20 .. 19/20,
+           keep the least  tr[(Q_t - W) H (Q_t - W)^T]
+    clip:  per group, c = absmax (1 - i/20), i = 0 .. 9,
+           keep the least  (Q - W)_g H_gg (Q - W)_g^T
 
-Q_t(W) = RTN(W t) / t. The published search measures the loss at the end of the attention or MLP module; here it is the output of the layers
-that share the input, which the Gram matrix gives exactly and without another forward pass. Folding divides the weight (and bias) of the
-norm before, or the rows of the producing linear layer where its shape allows; where nothing can take the scale, alpha is 0.
+Q_t(W) = RTN(W t) / t. The published search measures the loss at the end of the attention or MLP module. Here it is the
+output of the layers that share the input, which the Gram matrix gives exactly and without another forward pass.
+Folding divides the weight (and bias) of the norm before, or the rows of the producing linear layer where its shape
+allows; where nothing can take the scale, alpha is 0.
 Source: Lin 2023 (arXiv:2306.00978), mit-han-lab/llm-awq. Bits as RTN.
 """
 
@@ -32,7 +35,7 @@ def smooth(weights: list[Tensor], statistics: LayerStatistics, fmt: Format, grid
 
 
 def channel_scale(a: Tensor, alpha: float) -> Tensor:
-    """a^alpha, normalised so that the largest times the smallest is 1; ones at alpha = 0 or where all channels are alike."""
+    """a^alpha, normalised so that largest * smallest = 1; ones at alpha = 0 or where all channels are alike."""
     t = a.clamp(min=1e-12).pow(alpha).clamp(min=1e-4)
     return t / (t.max() * t.min()).sqrt()
 
@@ -58,9 +61,8 @@ def _clip(blocks: Tensor, grid: Grid, out: int, fmt: Format, gram: Tensor) -> Gr
     for i in range(1, 10):
         candidate = fit(blocks.clamp(-limit * (1 - i / 20), limit * (1 - i / 20)), fmt)
         error = _group_error(blocks, candidate, fmt, h)
-        better = (error < best)[:, None]
+        kept = candidate.where((error < best)[:, None], kept)
         best = torch.minimum(error, best)
-        kept = Grid(*(None if a is None else torch.where(better, b, a) for a, b in zip(tuple(kept), tuple(candidate))))
     return kept
 
 

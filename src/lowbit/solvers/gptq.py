@@ -2,10 +2,12 @@
 
     minimise tr[(W - Q) H (W - Q)^T],  H = mean x x^T
 
-Defaults: searched grids weighted by diag H, static groups in act-order (columns of large inputs first), damping 0.01 of the mean diagonal,
-raised tenfold while H cannot be factored; dead inputs get weight 0. `refit` ends with the closed-form scales for the codes that were
-found: rows are independent, so each is a small linear system in its group scales (derived; the objective cannot rise).
-Source: Frantar 2022 (arXiv:2210.17323); static groups and act-order after the authors' code. Cost: O(out * in^2), memory 3 in^2 floats.
+Defaults: searched grids weighted by diag H, static groups in act-order (columns of large inputs first), damping 0.01 of
+the mean diagonal, raised tenfold while H cannot be factored; dead inputs get weight 0. `refit` ends with the
+closed-form scales for the codes that were found: rows are independent, so each is a small linear system in its group
+scales (derived; the objective cannot rise).
+Cost: O(out * in^2), memory 3 in^2 floats.
+Source: Frantar 2022 (arXiv:2210.17323); static groups and act-order after the authors' code.
 """
 
 from torch import Tensor

@@ -3,8 +3,8 @@
     minimise over z  |W - W_r|_p^p,  p < 1,   W_q = clamp(round(W / s + z)),  W_r = (W_q - z) s,  s fixed
     E = shrink(W - W_r) = sign(d) relu(|d| - |d|^(p-1) / beta);   z = mean(W_q - (W - E) / s);   beta *= kappa
 
-p = 0.7, beta = 10, kappa = 1.01, 20 iterations; stops when mean |W - W_r| no longer falls, and keeps the best zero seen (the plain routine
-returns the one after the last, worse, update). The zero is real (fp16): b + 32 / group bits.
+p = 0.7, beta = 10, kappa = 1.01, 20 iterations; stops when mean |W - W_r| no longer falls, and keeps the best zero seen
+(the plain routine returns the one after the last, worse, update). The zero is real (fp16): b + 32 / group bits.
 Source: Badri & Shaji 2023 (HQQ, mobiusml/hqq).
 """
 
@@ -42,7 +42,10 @@ def solve(
 
 
 def half_quadratic_step(w: Tensor, grid: Grid, fmt: Format, p: float, beta: float) -> Tensor:
-    """One update of the zeros (blocks, 1), rounded to fp16 as stored. beta -> 0 gives the least-squares zero of the current codes."""
+    """One update of the zeros (blocks, 1), rounded to fp16 as stored.
+
+    beta -> 0 gives the least-squares zero of the current codes.
+    """
     codes = encode(w, grid, fmt)
     shrunk = shrink(w - decode(codes, grid, fmt), p, beta)
     step = torch.where(grid.scale > 0, grid.scale, torch.ones_like(grid.scale))
@@ -51,7 +54,10 @@ def half_quadratic_step(w: Tensor, grid: Grid, fmt: Format, p: float, beta: floa
 
 
 def shrink(d: Tensor, p: float, beta: float) -> Tensor:
-    """sign(d) relu(|d| - |d|^(p-1) / beta); 0 at d = 0, where |d|^(p-1) is infinite. p = 1 is the soft threshold 1/beta."""
+    """sign(d) relu(|d| - |d|^(p-1) / beta).
+
+    0 at d = 0, where |d|^(p-1) is infinite. p = 1 is the soft threshold 1/beta.
+    """
     size = d.abs()
     return torch.where(size > 0, d.sign() * (size - size.clamp(min=1e-30) ** (p - 1) / beta).clamp(min=0), 0.0)
 

@@ -2,7 +2,8 @@
 
     s = (max - min) / (2^b - 1);  z = round(-min / s);  q = clamp(round(w / s) + z, 0, 2^b - 1);  w_hat = s (q - z)
 
-search=True shrinks the range by 1.00, 0.99 .. 0.21 and keeps the least sum |w_hat - w|^2.4 per group, so its error is never larger.
+search=True shrinks the range by 1.00, 0.99 .. 0.21 and keeps the least sum |w_hat - w|^2.4 per group, so its error is
+never larger.
 Source: the default grid of GPTQ (arXiv:2210.17323). Bits: b + (16 + b) / group with an integer zero.
 """
 

@@ -2,8 +2,9 @@
 
     H = (1/tokens) sum over tokens of x x^T          x (in,), float32 products added into float32 or better
 
-Every layer-wise solver minimises tr[(W - Q) H (W - Q)^T], the mean squared change of the layer's outputs. Memory: 4 * in^2 bytes
-(8 with dtype float64), whatever the number of tokens. The mean magnitude of each input channel (AWQ) is gathered in the same pass.
+Every layer-wise solver minimises tr[(W - Q) H (W - Q)^T], the mean squared change of the layer's outputs. The mean
+magnitude of each input channel (AWQ) is gathered in the same pass. Memory: 4 * in^2 bytes (8 with dtype float64),
+whatever the number of tokens.
 Sources: Frantar 2022 (GPTQ, arXiv:2210.17323); Lin 2023 (AWQ, arXiv:2306.00978).
 """
 
