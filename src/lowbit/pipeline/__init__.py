@@ -1,1 +1,4 @@
-"""The pipeline: a whole model through a recipe, block by block, with a memory plan and a checkpoint after every block."""
+"""The pipeline: a whole model through a recipe, block by block.
+
+It has a memory plan before it starts and a checkpoint after every block.
+"""

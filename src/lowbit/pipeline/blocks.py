@@ -1,6 +1,7 @@
 """The repeated blocks of a model, and the linear layers inside one.
 
-Works on any transformers model whose body is one list of blocks (Llama, Qwen, Mistral, GPT-2, OPT, BERT ...). Names are the state dict's.
+Works on any transformers model whose body is one list of blocks (Llama, Qwen, Mistral, GPT-2, OPT, BERT ...). Names are
+the state dict's.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from lowbit.errors import ModelError
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, list) of the repeated blocks: the module list with the most weights. Raises ModelError where there is none."""
+    """(name, list) of the repeated blocks: the module list with most weights. Raises ModelError if there is none."""
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
@@ -22,7 +23,8 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and linear_layers(m)]
     if not lists:
         raise ModelError(
-            f"{type(model).__name__} has no list of repeated blocks with linear layers; use lowbit.compress(model, ...) layer by layer."
+            f"{type(model).__name__} has no list of repeated blocks with linear layers; "
+            "use lowbit.compress(model, ...) layer by layer."
         )
     return max(lists, key=lambda nm: sum(p.numel() for p in nm[1].parameters()))
 
@@ -67,9 +69,10 @@ def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, A
 def block_calls(
     model: nn.Module, blocks: nn.ModuleList, batch: dict[str, Tensor]
 ) -> "list[tuple[tuple, dict[str, Any]]]":
-    """The arguments (after the hidden states) with which the model calls each block, and the first block's hidden states as args[0] of the first.
+    """The (args, kwargs) with which the model calls each block; args[0] is the hidden states.
 
-    The model runs once with blocks that do nothing, so no block needs its weights. Returns per block (args, kwargs), args[0] = hidden states.
+    The model runs once with blocks that do nothing, so no block needs its weights. The first call's args[0] is what
+    enters the first block.
     """
     for as_tuple in (False, True):  # older transformers expect a tuple from a block
         calls: list[tuple[tuple, dict[str, Any]]] = []

@@ -1,8 +1,8 @@
 """Where a compression keeps what it has finished: in memory, or in a folder so that a killed run goes on.
 
-    OUT.partial/identity.json         what this run is; another run does not go on from it
-    OUT.partial/piece-<name>.safetensors    packed and plain tensors of one finished piece, and its description in the header
-    OUT.partial/hidden-<k>.safetensors      hidden states entering block k; only the newest is kept
+    OUT.partial/identity.json             what this run is; another run does not go on from it
+    OUT.partial/piece-<name>.safetensors  packed and plain tensors of one finished piece; its description in the header
+    OUT.partial/hidden-<k>.safetensors    hidden states entering block k; only the newest is kept
 
 Every file is written under another name, flushed, and renamed. A piece is complete exactly if it is there.
 """
@@ -43,7 +43,11 @@ class MemoryStore:
 
 
 class FolderStore:
-    """Pieces kept in `folder`; `identity` is what must be the same for a run to go on. replace=True throws another run's work away."""
+    """Pieces kept in a folder.
+
+    identity: what must be the same for a run to go on
+    replace:  throw another run's work away. Raises RecipeError where it is False and the folder holds another run.
+    """
 
     def __init__(self, folder: Path, identity: dict[str, Any], replace: bool = False) -> None:
         self.folder = folder
@@ -138,6 +142,7 @@ def _write(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         raise ArtifactError(
-            f"{path.parent} cannot be written ({e.strerror or e}; {free / 1e6:.0f} MB free, {len(data) / 1e6:.0f} MB needed): "
+            f"{path.parent} cannot be written ({e.strerror or e}; "
+            f"{free / 1e6:.0f} MB free, {len(data) / 1e6:.0f} MB needed): "
             "free some space or choose another -o, then repeat the command; it goes on where it stopped."
         ) from e

@@ -8,8 +8,9 @@ from lowbit.pipeline.memory import EMBEDDING_ROWS
 
 
 def quantize_rows(w: Tensor, fmt: Format, rows: int = EMBEDDING_ROWS, keep: bool = False) -> QuantizedTensor:
-    """`quantize` of w (out, in) in slices of rows; equal to the whole. keep=True also overwrites w by its dequantized values.
+    """`quantize` of w (out, in) in slices of rows; equal to the whole.
 
+    keep=True also overwrites w by its dequantized values.
     Formats whose scale is shared over more than a row, or whose slices do not end on bytes, are quantized at once.
     """
     out = w.shape[0]

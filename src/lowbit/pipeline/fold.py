@@ -2,8 +2,9 @@
 
     y = W x = (W t) (x / t):    x / t comes from the producer, if x scales with the producer's output rows
 
-A producer is a norm, or a linear layer with as many outputs as the group has inputs (up before down, v before o, fc1 before fc2 after ReLU).
-Nothing is assumed from names: the block runs once with a random t folded in, and its output must stay what it was. Derived.
+A producer is a norm, or a linear layer with as many outputs as the group has inputs (up before down, v before o, fc1
+before fc2 after ReLU). Nothing is assumed from names: the block runs once with a random t folded in, and its output
+must stay what it was. Derived.
 """
 
 from typing import Any
@@ -53,7 +54,7 @@ def find_producer(
 
 
 def _candidates(block: nn.Module, group: list[str], width: int) -> list[str]:
-    """Modules with one output row or weight per input channel, nearest before the group first; norms before linear layers."""
+    """Modules with one output row or weight per input channel: norms as they come, then linear layers, last first."""
     names = [n for n, _ in block.named_modules()]
     linears = linear_layers(block)
     wide = [n for n, m in linears.items() if n not in group and layer_matrix(m).shape[0] == width]

@@ -1,9 +1,10 @@
 """Forward passes through a block that wait at each group of layers until it is solved.
 
-True-sequential order: the inputs of a layer come from the already quantized layers before it. Doing that with plain passes repeats the
-block's beginning for every group; here each window's pass is a coroutine (greenlet) that pauses where a group's first layer is about to run,
-so the whole block costs one pass. Memory: the live activations of all windows at the pause. `recompute=True` keeps only the hidden
-states and repeats the beginnings instead; both give the same numbers.
+True-sequential order: the inputs of a layer come from the already quantized layers before it. Doing that with plain
+passes repeats the block's beginning for every group. Here each window's pass is a coroutine (greenlet) that pauses
+where a group's first layer is about to run, so the whole block costs one pass. Memory: the live activations of all
+windows at the pause. `recompute=True` keeps only the hidden states and repeats the beginnings instead; both give the
+same numbers.
 """
 
 from collections.abc import Iterator
@@ -16,9 +17,14 @@ from lowbit.pipeline.blocks import Stop, run_block
 
 
 class SequentialForwards:
-    """hidden: one (batch, tokens, width) tensor a window; call: (args, kwargs) of the block; leaders: first layer of each group, in order.
+    """Passes of all windows through one block, group by group.
 
-    for leader in leaders:  for x in forwards.inputs(leader): ...     then solve, and go on; finally forwards.outputs()
+    hidden: one (batch, tokens, width) tensor a window
+    call:   (args, kwargs) of the block
+
+        for leader in leaders:                      # the first layer of each group, in order
+            for x in forwards.inputs(leader): ...   # then solve, and go on
+        forwards.outputs()
 
     Use it inside torch.no_grad(): paused passes interleave, so each cannot switch gradients off and on for itself.
     """
@@ -30,7 +36,10 @@ class SequentialForwards:
         self.passes: list[greenlet] = []
 
     def inputs(self, leader: str) -> Iterator[Tensor]:
-        """The input of `leader` for every window, computed with the weights as they are now. Exhaust it before the next call."""
+        """The input of `leader` for every window, computed with the weights as they are now.
+
+        Exhaust it before the next call.
+        """
         module = self.block.get_submodule(leader)
         if self.recompute:
             yield from self._recomputed(module)
@@ -45,7 +54,10 @@ class SequentialForwards:
             handle.remove()
 
     def outputs(self) -> list[Tensor]:
-        """The block's output for every window, computed with the weights as they are now; replaces the hidden states one by one."""
+        """The block's output for every window, computed with the weights as they are now.
+
+        Replaces the hidden states one by one.
+        """
         for i in range(len(self.hidden)):
             out = self._resume(i) if self.passes else self._pass(i)
             self.hidden[i] = out

@@ -2,9 +2,11 @@
 
     start      what the process holds now
     opening    embeddings and everything else outside the blocks, in float32
-    blocks     one block in float32 + hidden states of all windows + live activations at a pause + the solver's work on the largest layer
+    blocks     one block in float32 + hidden states of all windows + live activations at a pause
+               + the solver's work on the largest layer
 
-Peak = start + the larger of the two (and of the output head, where it is not tied). The estimate is meant to be a little high.
+Peak = start + the larger of the two (and of the output head, where it is not tied). The estimate is meant to be a
+little high.
 """
 
 import ctypes
@@ -60,7 +62,10 @@ def make_plan(sizes: Sizes, ceiling: "int | None" = None, windows: int = 1) -> P
     if ceiling is None or fast <= ceiling:
         return Plan(fast, ceiling, seconds, False)
     if lean <= ceiling:
-        note = "to stay below the ceiling, beginnings of blocks are computed again for every group of layers (about twice the time)"
+        note = (
+            "to stay below the ceiling, beginnings of blocks are computed again for every group of layers "
+            "(about twice the time)"
+        )
         return Plan(lean, ceiling, 2 * seconds, True, (note,))
     raise MemoryPlanError(_too_small(sizes, ceiling, lean, windows))
 
@@ -108,7 +113,10 @@ def _flops_per_second(n: int = 768, repeats: int = 4) -> float:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system (glibc keeps it otherwise, and a walk over many blocks would seem to grow with depth)."""
+    """Give freed memory back to the system.
+
+    glibc keeps it otherwise, and a walk over many blocks would seem to grow with depth.
+    """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

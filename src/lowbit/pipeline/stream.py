@@ -1,7 +1,7 @@
 """The walk: embeddings, then block after block (read, statistics, solve, pack, forget), then the output head.
 
-Only one block's float weights, the hidden states of all windows and one solver's work are in memory at a time. Every finished piece goes to a
-store, so that a killed run goes on from the last finished block and ends with the same bytes.
+Only one block's float weights, the hidden states of all windows and one solver's work are in memory at a time. Every
+finished piece goes to a store, so that a killed run goes on from the last finished block and ends with the same bytes.
 """
 
 import time
@@ -37,11 +37,15 @@ from lowbit.sources import ModelSource, check_finite, drop, set_tensor
 from lowbit.statistics import GramAccumulator, LayerStatistics
 
 Progress = Callable[[dict[str, Any]], None]
+Solved = dict[str, tuple[Entries, QuantizedTensor]]  # full layer name -> (entry of the manifest, quantized tensor)
 
 
 @dataclass
 class Walk:
-    """One compression. windows: (n, context) token ids, or None for methods that need no data (errors are then of the weights)."""
+    """One compression.
+
+    windows: (n, context) token ids, or None for methods that need no data (errors are then of the weights)
+    """
 
     source: ModelSource
     recipe: Recipe
@@ -52,8 +56,9 @@ class Walk:
 
     def __post_init__(self) -> None:
         self.model = self.source.new_skeleton()
-        if hasattr(self.model, "config"):
-            self.model.config.use_cache = False
+        config: Any = getattr(self.model, "config", None)
+        if config is not None:
+            config.use_cache = False
         self.prefix, self.blocks = find_blocks(self.model)
         self.names = self.source.keys()
         self.calls: list[tuple[tuple, dict[str, Any]]] = []
@@ -118,7 +123,10 @@ class Walk:
         return next((i for i in range(len(self.blocks)) if not self.store.has(f"block-{i:04d}")), len(self.blocks))
 
     def _opening(self, hidden: list[Tensor], need_hidden: bool) -> list[Tensor]:
-        """Everything outside the blocks but an untied head: quantize the embedding, keep the rest, and run up to the first block."""
+        """Everything outside the blocks but an untied head.
+
+        Quantizes the embedding, keeps the rest, and runs up to the first block.
+        """
         calibrate = self.windows is not None and need_hidden
         if self.store.has("opening") and not calibrate:
             return hidden
@@ -144,7 +152,10 @@ class Walk:
         return None if fmt is None else quantize_rows(w, fmt, keep=keep)
 
     def _first_hidden(self) -> list[Tensor]:
-        """Hidden states entering the first block, one (1, tokens, width) tensor a window; remembers how each block is called."""
+        """Hidden states entering the first block, one (1, tokens, width) tensor a window.
+
+        Remembers how each block is called.
+        """
         assert self.windows is not None
         hidden = []
         for ids in self.windows:
@@ -169,38 +180,35 @@ class Walk:
             layers[name] = entry
         for name in set(plain) & self._changed(block, i, plain):
             plain[name] = self.model.get_parameter(name).detach().to(plain[name].dtype)
-        self.store.put(
-            f"block-{i:04d}",
-            {**tensors, **plain},
-            {"layers": layers, "plain": list(plain), "seconds": time.perf_counter() - began},
-        )
+        entries = {"layers": layers, "plain": list(plain), "seconds": time.perf_counter() - began}
+        self.store.put(f"block-{i:04d}", {**tensors, **plain}, entries)
         if self.windows is not None:
             self.store.put_hidden(i + 1, hidden)
         drop(self.model, [n for n in names if n in dict(self.model.named_parameters())])
         return hidden
 
-    def _solve_all(
-        self, i: int, block: nn.Module, hidden: list[Tensor], recompute: bool
-    ) -> "dict[str, tuple[Entries, QuantizedTensor]]":
-        """Full layer name -> (entry, quantized tensor); advances the hidden states in place."""
+    def _solve_all(self, i: int, block: nn.Module, hidden: list[Tensor], recompute: bool) -> Solved:
+        """All layers of a block; advances the hidden states in place."""
         if self.windows is None:
             return self._solve_group(i, block, list(linear_layers(block)), None)
         groups = input_groups(block, hidden[0], *self.calls[i])
         if self.recipe.solver.smooth is not None:
             return self._solve_smoothed(i, block, groups, hidden)
-        solved = {}
+        solved: Solved = {}
         forwards = SequentialForwards(block, hidden, self.calls[i], recompute)
         for group in groups:
-            statistics = _accumulate(forwards.inputs(group[0]), layer_matrix(block.get_submodule(group[0])).shape[1])
+            width = layer_matrix(block.get_submodule(group[0])).shape[1]
+            statistics = _accumulate(forwards.inputs(group[0]), width)
             solved |= self._solve_group(i, block, group, statistics)
         forwards.outputs()
         unused = [n for n in linear_layers(block) if n not in {m for g in groups for m in g}]
         return solved | self._solve_group(i, block, unused, None)
 
-    def _solve_smoothed(
-        self, i: int, block: nn.Module, groups: list[list[str]], hidden: list[Tensor]
-    ) -> "dict[str, tuple[Entries, QuantizedTensor]]":
-        """AWQ's order: statistics of all groups in the float block, fold all scalings, then solve, then one pass with the rounded weights."""
+    def _solve_smoothed(self, i: int, block: nn.Module, groups: list[list[str]], hidden: list[Tensor]) -> Solved:
+        """AWQ's order: all groups see the float block.
+
+        Statistics of all groups, fold all scalings, then solve, then one pass with the rounded weights.
+        """
         statistics = self._float_statistics(block, [g[0] for g in groups], hidden, self.calls[i])
         smooth = self.recipe.solver.smooth
         assert smooth is not None
@@ -215,7 +223,7 @@ class Walk:
             t = smooth([layer_matrix(block.get_submodule(n)) for n in group], statistics[group[0]], fmt)
             fold(block, producer, group, t)
             statistics[group[0]] = statistics[group[0]].rescaled(t)
-        solved = {}
+        solved: Solved = {}
         for group in groups:
             solved |= self._solve_group(i, block, group, statistics[group[0]])
         for k in range(len(hidden)):
@@ -231,11 +239,9 @@ class Walk:
                 sums[name].add(x)
         return {n: s.finish() for n, s in sums.items()}
 
-    def _solve_group(
-        self, i: int, block: nn.Module, group: list[str], statistics: "LayerStatistics | None"
-    ) -> "dict[str, tuple[Entries, QuantizedTensor]]":
+    def _solve_group(self, i: int, block: nn.Module, group: list[str], statistics: "LayerStatistics | None") -> Solved:
         """Solve layers that share an input (stacked where their formats allow), put the rounded weights in place."""
-        solved = {}
+        solved: Solved = {}
         for names, fmt in self._stacks(i, group, statistics is not None):
             layers = [block.get_submodule(n) for n in names]
             w = torch.cat([layer_matrix(m) for m in layers]).contiguous()
@@ -245,9 +251,8 @@ class Walk:
                 rows = layer_matrix(layer).shape[0]
                 part = solution if len(layers) == 1 else solution.rows(start, start + rows)
                 start += rows
-                solved[f"{self.prefix}.{i}.{name}"] = self._finish(
-                    i, f"{self.prefix}.{i}.{name}", layer, part, statistics
-                )
+                full = f"{self.prefix}.{i}.{name}"
+                solved[full] = self._finish(i, full, layer, part, statistics)
         return solved
 
     def _stacks(self, i: int, group: list[str], shared: bool) -> "list[tuple[list[str], Format]]":
@@ -321,13 +326,9 @@ class Walk:
     def _head(self) -> "str | None":
         """The output head if it has weights of its own."""
         name = _module_name(self.model, getattr(self.model, "get_output_embeddings", lambda: None)())
-        return (
-            None
-            if name is None
-            or f"{name}.weight" in self.source.tied
-            or layer_type(self.model.get_submodule(name)) != "linear"
-            else name
-        )
+        if name is None or f"{name}.weight" in self.source.tied:
+            return None
+        return name if layer_type(self.model.get_submodule(name)) == "linear" else None
 
     def _of_head(self, name: str) -> bool:
         head = self._head()
