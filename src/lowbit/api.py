@@ -53,15 +53,16 @@ def compress(
 ) -> nn.Module:
     """A packed copy of a model in memory; the model itself stays as it is.
 
-    A transformers language model (decoder or encoder) is walked block by block; data: texts (a list, a long string, or a file's path) with the
-    `tokenizer`, or token ids (windows, context). Any other network takes a method without data (rtn, hqq): each linear layer and 2-d
-    convolution on its own, the first convolution and the last linear layer left in float.
+    data: texts (a list, a long string, or a file's path) with the `tokenizer`, or token ids (windows, context)
+
+    A transformers language model (decoder or encoder) is walked block by block. Any other network takes a method
+    without data (rtn, hqq): each linear layer and 2-d convolution on its own, the first convolution and the last linear
+    layer left in float.
     Raises RecipeError, DataError, ShapeError, ModelError with what to change.
     """
-    plan = _recipe(
-        recipe, method=method, bits=bits, group=group, format=format, windows=windows, context=context, seed=seed,
-        embeddings=embed_bits, activations=activations, options=options,
-    )  # fmt: skip
+    widths = {"bits": bits, "group": group, "format": format, "embeddings": embed_bits, "activations": activations}
+    calibration = {"windows": windows, "context": context, "seed": seed}
+    plan = _recipe(recipe, method=method, options=options, **widths, **calibration)
     if not hasattr(model, "config"):
         return _compress_layers(model, plan)
     ids = _ids(data, tokenizer, plan)
@@ -93,17 +94,19 @@ def compress_model(
     options: "dict[str, Any] | None" = None,
     progress: "Progress | None" = None,
 ) -> dict[str, Any]:
-    """Compress a model on disk (GGUF file, folder, hub name) into the artifact OUT, block by block; returns the JSON object of `lowbit compress`.
+    """Compress a model on disk (GGUF file, folder, hub name) into the artifact OUT, block by block.
 
-    max_ram: ceiling in bytes; the plan is made, and said through progress, before anything runs. A run that was killed goes on from the last
-    finished block when it is called again, and ends with the same bytes. tokenizer: a folder, if not the model's own.
+    max_ram:   ceiling in bytes; the plan is made, and said through progress, before anything runs
+    tokenizer: a folder, if not the model's own
+    returns:   the JSON object of `lowbit compress`
+
+    A run that was killed goes on from the last finished block when it is called again, and ends with the same bytes.
     Raises LowbitError with one sentence that says what to type; OUT then does not exist (or is what it was).
     """
     began, say, out = time.perf_counter(), progress or (lambda event: None), Path(out)
-    plan = _recipe(
-        recipe, method=method, bits=bits, group=group, format=format, data=data, windows=windows, context=context, seed=seed,
-        embeddings=embed_bits, activations=activations, options=options,
-    )  # fmt: skip
+    widths = {"bits": bits, "group": group, "format": format, "embeddings": embed_bits, "activations": activations}
+    calibration = {"data": data, "windows": windows, "context": context, "seed": seed}
+    plan = _recipe(recipe, method=method, options=options, **widths, **calibration)
     refuse_existing(out, force)
     if plan.solver.needs_data and not plan.data:
         raise RecipeError(f"{plan.method} needs calibration text: add --data FILE, or use --method rtn or hqq.")
@@ -198,9 +201,8 @@ def _tokenizer(source: Any, given: "str | Path | None") -> Any:
 
 
 def _check_context(config: Any, context: int) -> None:
-    limit = getattr(
-        config.get_text_config() if hasattr(config, "get_text_config") else config, "max_position_embeddings", None
-    )
+    of_text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(of_text, "max_position_embeddings", None)
     if limit and context > limit:
         raise DataError(f"--context {context} is longer than the model's {limit} positions. Try --context {limit}.")
 
@@ -235,7 +237,8 @@ def _ids(data: Any, tokenizer: Any, plan: Recipe) -> "Tensor | None":
     if data is None:
         if plan.solver.needs_data:
             raise RecipeError(
-                f"{plan.method} needs calibration data: data=texts with tokenizer=..., or data=token_ids; or use rtn or hqq."
+                f"{plan.method} needs calibration data: data=texts with tokenizer=..., or data=token_ids; "
+                "or use rtn or hqq."
             )
         return None
     if isinstance(data, Tensor):
@@ -252,7 +255,8 @@ def _ids(data: Any, tokenizer: Any, plan: Recipe) -> "Tensor | None":
 
 def _assemble(walk: Walk, store: Store, plan: Recipe) -> nn.Module:
     """The walked skeleton with plain tensors in place and packed layers for the rest."""
-    model, tensors = walk.model, {}
+    model = walk.model
+    tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for piece, entries in store.pieces.values():  # type: ignore[union-attr]
         tensors |= piece
@@ -260,14 +264,14 @@ def _assemble(walk: Walk, store: Store, plan: Recipe) -> nn.Module:
         for name in entries["plain"]:
             _put(model, name, piece[name], walk.source.tied)
     manifest = {"layers": layers, "tied": _tied_modules(walk.source.tied, layers)}
-    swap.install(
-        model,
-        manifest,
-        lambda name: {k.removeprefix(f"{name}."): tensors[k] for k in _keys(name, layers)},
-        plan.activations,
-    )
+
+    def parts_of(name: str) -> dict[str, Tensor]:
+        return {k.removeprefix(f"{name}."): tensors[k] for k in _keys(name, layers)}
+
+    swap.install(model, manifest, parts_of, plan.activations)
     swap.untie(model, manifest)
-    model.config.use_cache = getattr(walk.source.config, "use_cache", True)
+    config: Any = model.config
+    config.use_cache = getattr(walk.source.config, "use_cache", True)
     return model.eval()
 
 
@@ -307,8 +311,7 @@ def _compress_layers(model: nn.Module, plan: Recipe) -> nn.Module:
             raise ShapeError(f"{name}: {e}") from None
         quantized: QuantizedTensor = solution.quantized(tuple(w.shape))
         kind = str(layer_type(layer))
-        packed = swap.pack_layer(
-            layer, quantized, kind, plan.activations, swap.conv_options(layer) if kind == "conv2d" else None
-        )
+        conv = swap.conv_options(layer) if kind == "conv2d" else None
+        packed = swap.pack_layer(layer, quantized, kind, plan.activations, conv)
         swap._set_module(model, name, packed)
     return model

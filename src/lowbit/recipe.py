@@ -10,8 +10,9 @@
     data: valid.txt[:50%]   calibration text; windows x context tokens of it, chosen by seed
     embeddings: 8           bits of the embeddings and the output head, in groups (16 leaves them as they are)
 
-The steps follow from it and always come in this order: embeddings, calibration inputs, blocks one after the other (statistics, solve, pack),
-output head, artifact. `Recipe.load` reads YAML, `Recipe.merged` lets flags win over the file.
+The steps follow from it and always come in this order: embeddings, calibration inputs, blocks one after the other
+(statistics, solve, pack), output head, artifact. `Recipe.load` reads YAML, `Recipe.merged` lets flags win over the
+file.
 """
 
 from fnmatch import fnmatchcase
@@ -94,7 +95,10 @@ class Recipe(BaseModel):
         return self.solver.default_format(self.bits, self.group)
 
     def embedding_format(self, width: int) -> "Format | None":
-        """Format of embeddings and head with rows of `width` weights: symmetric groups of the recipe's group size where it divides."""
+        """Format of embeddings and head with rows of `width` weights.
+
+        Symmetric groups of the recipe's group size where it divides. None leaves them as they are.
+        """
         if self.embeddings == 16:
             return None
         group = next((g for g in (self.group, 64, 32, 16) if g > 0 and width % g == 0), -1)

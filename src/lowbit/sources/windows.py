@@ -42,9 +42,9 @@ def token_windows(text: str, tokenizer: Any, windows: int, context: int, seed: i
     shift = int(torch.randint(len(ids) - room * context + 1, (1,), generator=generator))
     places = torch.randperm(room, generator=generator)[:windows].sort().values
     index = (shift + places * context)[:, None] + torch.arange(context)
-    note = "" if room >= windows else (
-        f"the text has {len(ids)} tokens: {room} windows of {context}, not {windows}; give more text for more"
-    )  # fmt: skip
+    note = ""
+    if room < windows:
+        note = f"the text has {len(ids)} tokens: {room} windows of {context}, not {windows}; give more text for more"
     return Windows(ids[index], len(ids), note)
 
 
