@@ -2,7 +2,8 @@
 
 Every fenced block marked `python` is run, the blocks of one page one after the other in one namespace and in an empty
 folder. A block that needs something a test cannot have (a large model, a long training) is marked `python no-run`, and
-must at least compile. In blocks marked `sh`, every `lowbit` command with its options and every `make` target must exist.
+must at least compile. In blocks marked `sh`, every `lowbit` command with its options and every `make` target must
+exist.
 """
 
 import re

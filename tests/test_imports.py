@@ -43,7 +43,13 @@ RUNTIME_MAY = {"errors", "formats", "runtime", "_kernels"}
 # rooms that may use the runtime, which stands beside the ladder
 MAY_USE_RUNTIME = {"training", "demo", "sources", "pipeline", "evaluate", "report", "export", "api", "cli"}
 # same floor, and allowed to look sideways: the pipeline reads sources, the report shows evaluations
-SIDEWAYS = {"pipeline": {"sources", "evaluate"}, "evaluate": {"sources"}, "export": {"sources"}, "report": set(), "sources": set()}
+SIDEWAYS = {
+    "pipeline": {"sources", "evaluate"},
+    "evaluate": {"sources"},
+    "export": {"sources"},
+    "report": set(),
+    "sources": set(),
+}
 
 
 def room_of(path: Path) -> str:

@@ -1,6 +1,7 @@
 """docs/json.md names the keys that each command's --json really prints: no more, no fewer.
 
-One tiny random model goes through all commands in order, each in a process-wide runner but with its own standard output.
+One tiny random model goes through all commands in order, each in a process-wide runner but with its own standard
+output.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Every error lowbit raises on purpose. Each message says what was given, what was needed, what to type next.
+"""Every error lowbit raises on purpose.
 
     LowbitError
     |- ShapeError        a shape does not fit: group size, tile, layer sizes
@@ -9,6 +9,8 @@
     |- ArtifactError     a folder that is not a whole, untouched artifact
     |- MemoryPlanError   the plan does not fit the ceiling
     '- KernelError       a kernel row that is missing, forced wrongly or fails its self-check
+
+Each message says what was given, what was needed, what to type next.
 """
 
 
