@@ -37,9 +37,10 @@ struct Weights {
 
 // How the integer op cuts K: each weight group into segments that share one activation scale, each segment padded
 // with zeros to whole vectors. A group of at most kMaxSegment is one segment; a larger one is cut in blocks of
-// kBlock with a ragged tail. Every row uses this layout, so a row's vector loads never meet another segment.
+// kBlock with a ragged tail. 32: language models have single huge activations, and whatever shares their scale loses
+// its bits (SmolLM2 at 4 bits: perplexity +0.8% with segments of 64, +0.3% with 32). Every row uses this layout, so a row's vector loads never meet another segment.
 struct Segments {
-  static constexpr int64_t kMaxSegment = 256, kBlock = 128, kPad = 32;
+  static constexpr int64_t kMaxSegment = 32, kBlock = 32, kPad = 32;
   int64_t group, per_group, count, length, padded;  // length: of all but a ragged tail
 
   Segments(int64_t groups, int64_t group_)

@@ -70,7 +70,7 @@ def linear_int8(
 ) -> Tensor:
     """As `linear_float` with x rounded to int8 per token and segment, and levels (1 or N, 2**bits) int8 for the table.
 
-    A segment is a weight group of at most 256 columns, or a block of 128 (and a ragged tail) of a larger one.
+    A segment is 32 columns of a weight group (and its ragged tail), or a smaller group.
     Integer sums are exact; every row gives the scalar row's floats bit for bit.
     """
     y = _new(x.shape[0], codes.shape[0])
