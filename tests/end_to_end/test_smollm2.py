@@ -1,4 +1,4 @@
-"""The main job on a real model: SmolLM2-135M at 4 bits, compressed, loaded, measured, run. Needs the assets; a few minutes."""
+"""The main job on a real model: SmolLM2-135M at 4 bits, compressed, loaded, measured. Needs the assets; minutes."""
 
 import json
 import os
