@@ -22,7 +22,7 @@ from lowbit.errors import MemoryPlanError
 SOLVER_GRAMS = 8  # in^2 float32 matrices alive in a solver: H, copies damped and permuted, factor, inverse, products
 SOLVER_COPIES = 9  # out*in float32 matrices alive: w, compensated columns, candidates of the scale search
 EMBEDDING_ROWS = 2560  # rows quantized at a time; a multiple of 40, so that slices end on bytes in every packing
-SLACK = 1.3  # what the allocator holds between sizes; measured
+SLACK = 1.5  # what the allocator holds between sizes; measured
 
 
 @dataclass(frozen=True)
