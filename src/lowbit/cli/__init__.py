@@ -4,11 +4,11 @@ A command file has a docstring (its first line is the short help), `ORDER` (its 
 function. Nothing here imports torch or transformers before a command needs it, so that `lowbit --help` answers at once.
 """
 
+import os
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Annotated, Any
 
-import os
 import typer
 
 from lowbit.cli._shell import guarded
@@ -53,7 +53,7 @@ def commands() -> dict[str, Any]:
 def main() -> None:
     """Entry point of `lowbit`.
 
-    torch's threads sleep while they wait (OMP_WAIT_POLICY says otherwise if it is set): beside other work on the same cores,
+    torch's threads sleep while they wait, unless OMP_WAIT_POLICY is set: beside other work on the same cores,
     threads that spin made `compress` eight times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
