@@ -4,7 +4,8 @@
     OUT.partial/piece-<name>.safetensors  packed and plain tensors of one finished piece; its description in the header
     OUT.partial/hidden-<k>.safetensors    hidden states entering block k; only the newest is kept
 
-Every file is written under another name, flushed, and renamed. A piece is complete exactly if it is there.
+Every file is written under another name, flushed, and renamed, and the folder is flushed after it: what is written
+later is never there without what was written before. A piece is complete exactly if it is there.
 """
 
 import json
@@ -46,15 +47,17 @@ class FolderStore:
     """Pieces kept in a folder.
 
     identity: what must be the same for a run to go on
-    replace:  throw another run's work away. Raises RecipeError where it is False and the folder holds another run.
+    replace:  throw another run's work away
+    Raises RecipeError where the folder holds another run and `replace` is False, and always where it is nobody's run.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], replace: bool = False) -> None:
         self.folder = folder
         path = folder / "identity.json"
-        if path.exists() and not (replace and _differs(path, identity)):
-            _check_identity(path, identity, folder)
-        elif folder.exists():
+        _check_ours(path, folder)
+        if path.exists() and (changed := _differs(path, identity)):
+            if not replace:
+                raise RecipeError(_of_another_run(folder, changed))
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):
@@ -121,12 +124,22 @@ def _differs(path: Path, identity: dict[str, Any]) -> list[str]:
     return sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
 
 
-def _check_identity(path: Path, identity: dict[str, Any], folder: Path) -> None:
-    if changed := _differs(path, identity):
+def _check_ours(path: Path, folder: Path) -> None:
+    """A folder without identity.json is no run of ours, unless it is empty (a run that was killed as it began)."""
+    if not folder.exists() or path.exists():
+        return
+    if not folder.is_dir() or any(p.suffix != ".tmp" for p in folder.iterdir()):
         raise RecipeError(
-            f"{folder} holds an unfinished run of something else ({', '.join(changed)} differ): "
-            "repeat that run's command to finish it, or add --force to start over."
+            f"{folder} is where this run would keep its finished blocks, but it holds something else: "
+            "move it away, or choose another -o."
         )
+
+
+def _of_another_run(folder: Path, changed: list[str]) -> str:
+    return (
+        f"{folder} holds an unfinished run of something else ({', '.join(changed)} differ): "
+        "repeat that run's command to finish it, or add --force to start over."
+    )
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -138,6 +151,7 @@ def _write(path: Path, data: bytes) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+        _flush_folder(path.parent)
     except OSError as e:
         part.unlink(missing_ok=True)
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
@@ -146,3 +160,14 @@ def _write(path: Path, data: bytes) -> None:
             f"{free / 1e6:.0f} MB free, {len(data) / 1e6:.0f} MB needed): "
             "free some space or choose another -o, then repeat the command; it goes on where it stopped."
         ) from e
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename last through a power cut. Windows cannot open folders and does so by itself."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -101,11 +101,7 @@ class Walk:
     @torch.no_grad()
     def run(self, recompute: bool = False) -> list[str]:
         """Do what the store does not hold yet. Returns the names of all pieces, in order."""
-        newest = self.store.newest_hidden()
-        start, hidden = newest if newest is not None else (0, [])
-        done = self._finished_blocks()
-        if self.windows is None or start > done:
-            start = done
+        start, hidden = self._where_to_go_on()
         if start:
             self.progress({"event": "resume", "block": start, "blocks": len(self.blocks)})
         hidden = self._opening(hidden, need_hidden=start < len(self.blocks))
@@ -119,8 +115,16 @@ class Walk:
         self._closing()
         return ["opening", *(f"block-{i:04d}" for i in range(len(self.blocks))), "closing"]
 
-    def _finished_blocks(self) -> int:
-        return next((i for i in range(len(self.blocks)) if not self.store.has(f"block-{i:04d}")), len(self.blocks))
+    def _where_to_go_on(self) -> tuple[int, list[Tensor]]:
+        """The first block to do and the hidden states that enter it ([] where they must be computed anew).
+
+        Hidden states that lie beyond a missing block are of no use: then everything is done again.
+        """
+        done = next((i for i in range(len(self.blocks)) if not self.store.has(f"block-{i:04d}")), len(self.blocks))
+        if self.windows is None:
+            return done, []
+        start, hidden = self.store.newest_hidden() or (0, [])
+        return (start, hidden) if start <= done else (0, [])
 
     def _opening(self, hidden: list[Tensor], need_hidden: bool) -> list[Tensor]:
         """Everything outside the blocks but an untied head.
@@ -143,7 +147,7 @@ class Walk:
             if not hidden:
                 hidden = first
                 self.store.put_hidden(0, hidden)
-        drop(self.model, [n for n in names if n in dict(self.model.named_parameters())])
+        self._forget(names)
         return hidden
 
     def _pack_embedding(self, name: str, keep: bool) -> "QuantizedTensor | None":
@@ -178,13 +182,13 @@ class Walk:
             plain.pop(f"{name}.weight", None)
             tensors |= layer_tensors(name, q)
             layers[name] = entry
-        for name in set(plain) & self._changed(block, i, plain):
+        for name in self._changed(plain):
             plain[name] = self.model.get_parameter(name).detach().to(plain[name].dtype)
         entries = {"layers": layers, "plain": list(plain), "seconds": time.perf_counter() - began}
         self.store.put(f"block-{i:04d}", {**tensors, **plain}, entries)
         if self.windows is not None:
             self.store.put_hidden(i + 1, hidden)
-        drop(self.model, [n for n in names if n in dict(self.model.named_parameters())])
+        self._forget(names)
         return hidden
 
     def _solve_all(self, i: int, block: nn.Module, hidden: list[Tensor], recompute: bool) -> Solved:
@@ -293,7 +297,7 @@ class Walk:
                 plain.pop(f"{head}.weight")
                 tensors, entries = layer_tensors(head, q), {head: layer_entry("linear", q, f"{head}.bias" in plain)}
         self.store.put("closing", {**tensors, **plain}, {"layers": entries, "plain": list(plain)})
-        drop(self.model, [n for n in names if n in dict(self.model.named_parameters())])
+        self._forget(names)
 
     # -- small things
 
@@ -312,10 +316,15 @@ class Walk:
                 set_tensor(self.model, place, value)
         return read
 
-    def _changed(self, block: nn.Module, i: int, plain: dict[str, Tensor]) -> set[str]:
-        """Plain tensors that folding has changed."""
+    def _changed(self, plain: dict[str, Tensor]) -> list[str]:
+        """Plain tensors that folding has changed. Float32 ones share the model's memory: they are up to date."""
         own = dict(self.model.named_parameters())
-        return {n for n, t in plain.items() if n in own and not torch.equal(own[n].detach(), t.to(own[n].dtype))}
+        return [n for n, t in plain.items() if n in own and not torch.equal(own[n].detach(), t.to(own[n].dtype))]
+
+    def _forget(self, names: list[str]) -> None:
+        """Take the memory of a piece's weights away from the model."""
+        own = dict(self.model.named_parameters())
+        drop(self.model, [n for n in names if n in own])
 
     def _in_blocks(self, name: str) -> bool:
         return name.startswith(f"{self.prefix}.")
