@@ -5,7 +5,7 @@ import torch
 
 from lowbit.errors import DataError
 from lowbit.formats import Format, decode, encode, fit
-from lowbit.solvers import find
+from lowbit.solvers import _refit, find
 from lowbit.solvers._columns import GridHooks, inverse_cholesky, solve_columns
 from lowbit.solvers._refit import refit_scales
 from lowbit.statistics import LayerStatistics, output_error
@@ -102,6 +102,18 @@ def test_damping_rises_until_the_factor_exists():
         inverse_cholesky(torch.full((4, 4), float("nan")), 0.01)
 
 
+@pytest.mark.parametrize(("shift", "needed"), [(0.0, 0.01), (0.05, 0.1), (0.5, 1.0), (5.0, 10.0)])
+def test_damping_rises_tenfold(shift, needed):
+    """A matrix of mean diagonal 1 whose smallest eigenvalue is -shift, so that only a larger damping helps."""
+    values = torch.linspace(0, 2, 24) * (1 + shift) - shift
+    basis = torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64)).Q
+    gram = (basis @ torch.diag(values.double()) @ basis.T).float()
+    upper, used = inverse_cholesky(gram, 0.01)
+    assert used == pytest.approx(needed)
+    damped = gram + used * gram.diagonal().mean() * torch.eye(24)
+    assert torch.allclose(upper.T @ upper @ damped, torch.eye(24), atol=1e-2)
+
+
 def test_static_groups_use_grids_of_the_original_weights():
     w, gram = problem()
     fmt = Format.parse("uint3-g8")
@@ -146,6 +158,30 @@ def test_refit_never_raises_the_error_and_finds_a_planted_scale():
     exact = refit_scales(old * 1.25, codes, hooks_grid, fmt, gram, 0.0)
     used = fmt.blocks.split(codes.float() - 8).abs().sum(1) > 0
     assert torch.allclose(exact[used], hooks_grid.scale[used] * 1.25, rtol=1e-3)
+
+
+def test_refit_takes_a_few_rows_at_a_time_where_layers_are_wide(monkeypatch):
+    w, gram = problem(out=16)
+    fmt = Format.parse("int4-g8-fp32")
+    codes, grid = run(w, gram, fmt)[0], fit(fmt.blocks.split(w), fmt)
+    whole = refit_scales(w, codes, grid, fmt, gram, 0.01)
+    monkeypatch.setattr("lowbit.solvers._refit.WORK", 5 * 3 * 24)  # five rows
+    rows = []
+    monkeypatch.setattr(
+        "lowbit.solvers._refit._solve_rows", lambda *a, f=_refit._solve_rows: rows.append(len(a[0])) or f(*a)
+    )
+    assert torch.allclose(refit_scales(w, codes, grid, fmt, gram, 0.01), whole, rtol=1e-5)
+    assert rows == [5, 5, 5, 1]
+
+
+def test_refit_keeps_a_scale_where_the_best_one_does_not_fit_its_dtype():
+    """Levels that nearly cancel at the output want a huge scale."""
+    fmt = Format.parse("int4-g2")
+    w, gram = torch.tensor([[4e4, 4e4]]), torch.tensor([[1.0, -0.9999], [-0.9999, 1.0]])
+    grid = fit(fmt.blocks.split(w), fmt)
+    assert torch.equal(
+        refit_scales(w * 60, torch.tensor([[9, 9]], dtype=torch.uint8), grid, fmt, gram, 0.0), grid.scale
+    )
 
 
 def test_rows_of_a_stacked_solution_equal_separate_solutions():

@@ -5,6 +5,7 @@ A row's output error is quadratic in its group scales s: with l_g the row's leve
     (w - sum_g s_g l_g)^T H (w - sum_g s_g l_g)   ->   A s = b,   A_gh = l_g^T H l_h,   b_g = l_g^T H w
 
 One small system per row, solved in a batch; the best of old and new is kept, so the error cannot rise. Derived.
+Memory: `chunk` rows at a time, each groups * in floats; at most WORK floats for wide layers.
 """
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from lowbit.formats import Format, Grid, decode
 from lowbit.formats.stores import round_scale
+
+WORK = 1 << 25  # floats of the largest intermediate
+LARGEST = {"fp32": torch.finfo(torch.float32).max, "bf16": torch.finfo(torch.bfloat16).max, "fp16": 65504.0}
 
 
 def refit_scales(
@@ -24,10 +28,11 @@ def refit_scales(
     h = gram.clone()
     h.diagonal().add_(damping * gram.diagonal().mean())
     old = grid.scale.reshape(out, groups)
+    chunk = max(min(chunk, WORK // max(groups * in_, 1)), 1)
     new = torch.cat(
         [_solve_rows(w[i : i + chunk], levels[i : i + chunk], h, old[i : i + chunk]) for i in range(0, out, chunk)]
     )
-    new = round_scale(new, fmt.scale_dtype)
+    new = round_scale(torch.where(new <= LARGEST[fmt.scale_dtype], new, old), fmt.scale_dtype)
     better = _errors(w, levels, new, h) < _errors(w, levels, old, h)
     return torch.where(better[:, None], new, old).reshape(-1, 1)
 

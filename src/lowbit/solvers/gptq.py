@@ -6,7 +6,7 @@ Defaults: searched grids weighted by diag H, static groups in act-order (columns
 the mean diagonal, raised tenfold while H cannot be factored; dead inputs get weight 0. `refit` ends with the
 closed-form scales for the codes that were found: rows are independent, so each is a small linear system in its group
 scales (derived; the objective cannot rise).
-Cost: O(out * in^2), memory 3 in^2 floats.
+Cost: O(out * in^2 + in^3); memory about 8 in^2 + 9 out * in floats.
 Source: Frantar 2022 (arXiv:2210.17323); static groups and act-order after the authors' code.
 """
 
