@@ -62,10 +62,12 @@ def compress(
     """
     widths = {"bits": bits, "group": group, "format": format, "embeddings": embed_bits, "activations": activations}
     calibration = {"windows": windows, "context": context, "seed": seed}
-    plan = _recipe(recipe, method=method, options=options, **widths, **calibration)
+    plan = Recipe.merged(recipe, method=method, options=options, **widths, **calibration)
     if not hasattr(model, "config"):
         return _compress_layers(model, plan)
     ids = _ids(data, tokenizer, plan)
+    if ids is not None:
+        _check_ids(ids, model.config)
     source: Any = ModuleSource(model)
     store = MemoryStore()
     walk = Walk(source, plan, store, ids, progress or (lambda event: None))
@@ -106,7 +108,7 @@ def compress_model(
     began, say, out = time.perf_counter(), progress or (lambda event: None), Path(out)
     widths = {"bits": bits, "group": group, "format": format, "embeddings": embed_bits, "activations": activations}
     calibration = {"data": data, "windows": windows, "context": context, "seed": seed}
-    plan = _recipe(recipe, method=method, options=options, **widths, **calibration)
+    plan = Recipe.merged(recipe, method=method, options=options, **widths, **calibration)
     refuse_existing(out, force)
     if plan.solver.needs_data and not plan.data:
         raise RecipeError(f"{plan.method} needs calibration text: add --data FILE, or use --method rtn or hqq.")
@@ -177,12 +179,6 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {platform.system()}"
 
 
-def _recipe(recipe: "str | Path | Recipe | None", **flags: Any) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return Recipe(**(recipe.as_dict() | {k: v for k, v in flags.items() if v is not None}))
-    return Recipe.merged(recipe, **flags)
-
-
 def _tokenizer(source: Any, given: "str | Path | None") -> Any:
     """The model's tokenizer, or the given folder's; checked against the vocabulary."""
     if given is None:
@@ -200,9 +196,27 @@ def _tokenizer(source: Any, given: "str | Path | None") -> Any:
     return words
 
 
+def _check_ids(ids: Tensor, config: Any) -> None:
+    """Token ids (windows, context) that the model can read."""
+    rows = getattr(_of_text(config), "vocab_size", None)
+    if not ids.numel():
+        raise DataError(
+            f"token ids of shape {tuple(ids.shape)} hold no token; give (windows, context), e.g. (24, 512)."
+        )
+    if int(ids.min()) < 0 or (rows and int(ids.max()) >= rows):
+        raise DataError(
+            f"token ids reach from {int(ids.min())} to {int(ids.max())}, but the model's vocabulary is 0 to "
+            f"{rows - 1 if rows else '...'}: use the model's own tokenizer."
+        )
+    _check_context(config, ids.shape[1])
+
+
+def _of_text(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def _check_context(config: Any, context: int) -> None:
-    of_text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(of_text, "max_position_embeddings", None)
+    limit = getattr(_of_text(config), "max_position_embeddings", None)
     if limit and context > limit:
         raise DataError(f"--context {context} is longer than the model's {limit} positions. Try --context {limit}.")
 

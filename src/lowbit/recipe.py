@@ -62,18 +62,19 @@ class Recipe(BaseModel):
             raise RecipeError(f"embeddings: {self.embeddings} bits; use 1 to 8, or 16 to leave them as they are.")
         self._check_options(find(self.method))
         for text in (self.format, *(rule.format for rule in self.layers)):
-            if text not in ("", "float"):
-                Format.parse(text)
+            if text not in ("", "float") and Format.parse(text).rounding == "stochastic":
+                raise RecipeError(f"{text}: stochastic rounding gives other codes on every run. Leave that word out.")
 
     def _check_options(self, spec: Spec) -> None:
         for name, value in self.options.items():
             if name not in spec.options:
                 known = list(spec.options) or ["(none)"]
                 raise RecipeError(f"method {spec.name!r} has no option {name!r}. {near_names(name, known)}")
-            wanted = type(spec.options[name])
-            if not isinstance(value, (int, float) if wanted is float else wanted):
+            if not _like(value, spec.options[name]):
+                wanted = {bool: "true or false", int: "a whole number of at least 1", float: "a number of at least 0"}
                 raise RecipeError(
-                    f"option {name}={value!r} of {spec.name!r} should be {wanted.__name__}, e.g. {spec.options[name]}."
+                    f"option {name}={value!r} of {spec.name!r} should be {wanted[type(spec.options[name])]}, "
+                    f"e.g. {spec.options[name]}."
                 )
 
     @property
@@ -114,15 +115,27 @@ class Recipe(BaseModel):
         return cls(**read_yaml(path))
 
     @classmethod
-    def merged(cls, path: "str | Path | None", **flags: Any) -> "Recipe":
-        """A recipe file with flags on top; flags that are None do not count, and `options` are merged one by one."""
-        base = read_yaml(path) if path else {}
+    def merged(cls, base: "str | Path | Recipe | None", **flags: Any) -> "Recipe":
+        """A recipe, or the file of one, with flags on top.
+
+        Flags that are None do not count; `options` are merged one by one; bits or group replace a format.
+        """
+        fields = base.as_dict() if isinstance(base, Recipe) else read_yaml(base) if base else {}
         given = {k: v for k, v in flags.items() if v is not None}
         if "options" in given:
-            given["options"] = {**base.get("options", {}), **given["options"]}
+            given["options"] = {**fields.get("options", {}), **given["options"]}
         if ("bits" in given or "group" in given) and "format" not in given:
-            base.pop("format", None)
-        return cls(**(base | given))
+            fields.pop("format", None)
+        return cls(**(fields | given))
+
+
+def _like(value: Any, default: Any) -> bool:
+    """Whether an option's value is of its default's kind: bool, a count, or a finite number that is not negative."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, int):
+        return isinstance(value, int) and value >= 1
+    return isinstance(value, (int, float)) and 0 <= value < float("inf")
 
 
 def read_yaml(path: "str | Path") -> dict[str, Any]:
