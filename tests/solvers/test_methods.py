@@ -1,5 +1,6 @@
 """RTN, HQQ and AWQ against their cards' checks."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +52,36 @@ def test_hqq_beats_its_start_on_heavy_tails():
     assert (found - w).abs().mean() < 0.97 * (start - w).abs().mean()
 
 
+def slow_hqq(w, bits, p, beta, kappa, iterations):
+    """(scale, zero, mean error of every iterate) of one group in float64; zeros as fp16 keeps them."""
+    top = 2**bits - 1
+    scale = float(np.float16(np.float32(w.max() - w.min()) / top))
+    zeros, errors = [float(np.float16(-w.min() / scale))], []
+    for _ in range(iterations + 1):
+        codes = np.clip(np.round(w / scale + zeros[-1]), 0, top)
+        d = w - (codes - zeros[-1]) * scale
+        errors.append(np.abs(d).mean())
+        with np.errstate(divide="ignore"):
+            kept = np.sign(d) * np.maximum(np.abs(d) - np.abs(d) ** (p - 1) / beta, 0)
+        zeros.append(float(np.float16(np.mean(codes - (w - kept) / scale))))
+        beta *= kappa
+    return scale, zeros[:-1], errors
+
+
+@pytest.mark.parametrize(("p", "beta", "kappa"), [(0.7, 10.0, 1.01), (0.5, 3.0, 2.0), (1.0, 10.0, 1.01)])
+def test_hqq_equals_the_slow_iteration_and_keeps_the_best(p, beta, kappa):
+    fmt, stopped_early = Format.parse("uint2-g64-zreal-minmax"), 0
+    for row in heavy_tailed(12).numpy():
+        scale, zeros, errors = slow_hqq(row.astype(float), 2, p, beta, kappa, 20)
+        last = next((i for i in range(1, 21) if errors[i] >= errors[i - 1]), 21) - 1
+        stopped_early += last < 20
+        found = find("hqq").solve(torch.from_numpy(row)[None], None, fmt, p=p, beta=beta, kappa=kappa)
+        assert float(found.grid.scale) == scale
+        assert float(found.grid.zero) == pytest.approx(zeros[last], abs=2e-3)
+        assert errors[last] == min(errors[: last + 2])
+    assert stopped_early > 3  # so keeping the best is not the same as keeping the last
+
+
 def test_hqq_with_vanishing_beta_gives_the_least_squares_zero():
     w, fmt = heavy_tailed(8), Format.parse("uint3-g64-zreal-minmax")
     grid = fit(w, fmt)
@@ -84,10 +115,54 @@ def test_awq_recovers_most_of_the_error_of_salient_channels():
     assert output_error(w, awq, stats.gram) < 0.5 * output_error(w, rtn, stats.gram)
 
 
+def test_awq_channel_scale_by_hand():
+    a = torch.tensor([1.0, 4.0, 16.0])
+    assert torch.allclose(channel_scale(a, 0.5), torch.tensor([0.5, 1.0, 2.0]))  # largest * smallest = 1
+    assert torch.allclose(channel_scale(a, 1.0), torch.tensor([0.25, 1.0, 4.0]))
+    assert torch.isfinite(channel_scale(torch.tensor([0.0, 1.0]), 0.95)).all()  # a dead channel
+
+
+def test_awq_takes_the_best_of_twenty_exponents_on_the_outputs():
+    torch.manual_seed(2)
+    x = torch.randn(300, 32) @ torch.randn(32, 32) * torch.logspace(-1, 1, 32)
+    fmt, stats = Format.parse("uint3-g16"), statistics(x)
+    best = set()
+    for scale in (0.3, 1.0, 3.0):
+        w = torch.randn(8, 32) * torch.logspace(0, -scale, 32)
+        losses = []
+        for i in range(20):
+            t = channel_scale(stats.abs_mean, i / 20)
+            w_hat = find("rtn").solve(w * t, None, fmt).w_hat() / t
+            losses.append(float(((x @ (w_hat - w).T).double() ** 2).sum()))
+        best.add(losses.index(min(losses)))
+        assert torch.allclose(
+            smooth([w[:3], w[3:]], stats, fmt), channel_scale(stats.abs_mean, min(best, key=lambda i: losses[i]) / 20)
+        )
+    assert len(best) > 1 and max(best) > 5, best  # the search had something to find
+
+
 def test_awq_with_equal_channels_is_plain_rounding():
     stats = LayerStatistics(torch.eye(16), torch.ones(16), 100)
     assert torch.equal(smooth([torch.randn(8, 16)], stats, Format.parse("uint4-g16")), torch.ones(16))
     assert torch.allclose(channel_scale(torch.full((16,), 3.0), 0.5), torch.ones(16))
+
+
+def test_awq_clips_each_group_to_the_best_of_ten_ranges():
+    torch.manual_seed(3)
+    x, w, fmt = torch.randn(200, 32), heavy_tailed(6, 32), Format.parse("uint2-g16")
+    w[:, ::16] *= 8
+    found = find("awq").solve(w, statistics(x), fmt).w_hat()
+    chosen = []
+    for r in range(6):
+        for at in (slice(0, 16), slice(16, 32)):
+            group, losses, rounded = w[r : r + 1, at], [], []
+            for i in range(10):
+                c = group.abs().max() * (1 - i / 20)
+                rounded.append(decode(encode(group, grid := fit(group.clamp(-c, c), fmt), fmt), grid, fmt))
+                losses.append(float(((x[:, at] @ (rounded[-1] - group).T) ** 2).sum()))
+            chosen.append(losses.index(min(losses)))
+            assert torch.equal(found[r : r + 1, at], rounded[chosen[-1]])
+    assert len(set(chosen)) > 3 and max(chosen) == 9, chosen  # the search had something to find
 
 
 def test_awq_clip_never_raises_the_groups_errors():
