@@ -32,7 +32,10 @@ def test_rescaled_statistics_are_those_of_rescaled_inputs():
     a, b = GramAccumulator(8), GramAccumulator(8)
     a.add(x)
     b.add(x / t)
-    assert torch.allclose(a.finish().rescaled(t).gram, b.finish().gram, atol=1e-5)
+    found, expected = a.finish().rescaled(t), b.finish()
+    assert torch.allclose(found.gram, expected.gram, atol=1e-5)
+    assert torch.allclose(found.abs_mean, expected.abs_mean, atol=1e-5)
+    assert found.tokens == expected.tokens
 
 
 def test_bfloat16_inputs_are_summed_in_float32():
@@ -43,7 +46,7 @@ def test_bfloat16_inputs_are_summed_in_float32():
 
 
 def test_nothing_seen_and_nan_are_errors():
-    with pytest.raises(DataError, match="skip"):
+    with pytest.raises(DataError, match="format: float"):
         GramAccumulator(3).finish()
     gram = GramAccumulator(3)
     gram.add(torch.tensor([[1.0, float("nan"), 0.0]]))

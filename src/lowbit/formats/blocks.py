@@ -49,7 +49,10 @@ class Blocks:
         if c > 0 and in_ % c:
             fits = [g for g in (256, 128, 64, 32, 16) if in_ % g == 0]
             fix = f"--group {fits[0]}" if fits else "--group -1 (one group per row)"
-            raise ShapeError(f"in_features={in_} is not a multiple of group={c}. Try {fix}, or list the layer in skip.")
+            raise ShapeError(
+                f"in_features={in_} is not a multiple of group={c}. Try {fix}, "
+                "or leave the layer as it is (`layers` in a recipe, `skip` in prepare)."
+            )
         if r > 0 and out % r:
             raise ShapeError(f"out_features={out} is not a multiple of the tile's {r} rows: use rows that divide it.")
         return r, c

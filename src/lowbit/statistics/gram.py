@@ -59,7 +59,8 @@ class GramAccumulator:
         """Averages. Raises DataError where nothing was added or an input was not finite."""
         if self.tokens == 0:
             raise DataError(
-                "no calibration tokens reached this layer: it is not used in the forward pass. List it in skip."
+                "no calibration tokens reached this layer: the forward pass does not use it. "
+                "Leave it as it is: layers: [{match: NAME, format: float}] in a recipe."
             )
         gram = (self.gram / self.tokens).float()
         if not bool(torch.isfinite(gram).all()):
