@@ -72,6 +72,7 @@ sanitize: $(STAMP)  ## the kernel tests under AddressSanitizer and UndefinedBeha
 
 clean:  ## remove environments, builds and caches
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f src/lowbit/_kernels*
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first: a plain requirement could otherwise bring a build with several GB of GPU libraries.
