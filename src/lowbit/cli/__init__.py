@@ -40,7 +40,8 @@ def build() -> typer.Typer:
     )
     cli.callback()(start)
     for name, module in sorted(commands().items(), key=lambda item: item[1].ORDER):
-        cli.command(name, short_help=module.__doc__.strip().splitlines()[0])(guarded(module.run))
+        text = module.__doc__.strip()
+        cli.command(name, help=text, short_help=text.splitlines()[0])(guarded(module.run))
     return cli
 
 
