@@ -115,6 +115,42 @@ def test_awq_recovers_most_of_the_error_of_salient_channels():
     assert output_error(w, awq, stats.gram) < 0.5 * output_error(w, rtn, stats.gram)
 
 
+WEIGHTS = {
+    "one row": lambda: torch.randn(1, 32),
+    "one column": lambda: torch.randn(8, 1),
+    "one weight": lambda: torch.randn(1, 1),
+    "zeros": lambda: torch.zeros(4, 32),
+    "a constant": lambda: torch.full((4, 32), 0.3),
+    "all negative": lambda: -torch.rand(4, 32) - 5,
+    "an outlier": lambda: torch.randn(4, 32).index_fill(1, torch.tensor(5), 3e4),
+}
+INPUTS = {
+    "always zero": lambda x: x * 0,
+    "one direction": lambda x: x[:1].expand(5, -1),
+    "all channels alike": lambda x: x[:, :1].expand(-1, x.shape[1]),
+    "huge": lambda x: x * 1e8,
+    "tiny": lambda x: x * 1e-12,
+    "some channels dead": lambda x: x * (torch.arange(x.shape[1]) % 3 > 0),
+}
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("name", sorted(table()))
+def test_no_weights_and_no_inputs_break_a_method(name, weights, inputs):
+    """The answer is finite; of the method that minimises the output error, it is no worse than no weights at all."""
+    w = WEIGHTS[weights]()
+    stats = statistics(INPUTS[inputs](torch.randn(100, w.shape[1])))
+    fmt = find(name).default_format(4, 16 if w.shape[1] > 1 else -1)
+    w_hat = find(name).solve(w, stats, fmt).quantized().dequantize()
+    assert torch.isfinite(w_hat).all()
+    if name == "gptq":
+        assert output_error(w, w_hat, stats.gram) <= 1.001 * output_error(w, torch.zeros_like(w), stats.gram)
+    if find(name).smooth is not None:
+        t = find(name).smooth([w], stats, fmt)
+        assert torch.isfinite(t).all() and (t > 0).all() and torch.isfinite(stats.rescaled(t).gram).all()
+
+
 def test_awq_channel_scale_by_hand():
     a = torch.tensor([1.0, 4.0, 16.0])
     assert torch.allclose(channel_scale(a, 0.5), torch.tensor([0.5, 1.0, 2.0]))  # largest * smallest = 1

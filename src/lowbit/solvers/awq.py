@@ -6,7 +6,8 @@
            keep the least  (Q - W)_g H_gg (Q - W)_g^T
 
 Q_t(W) = RTN(W t) / t. The published search measures the loss at the end of the attention or MLP module. Here it is the
-output of the layers that share the input, which the Gram matrix gives exactly and without another forward pass.
+output of the layers that share the input, which the Gram matrix gives exactly and without another forward pass. The
+published clip leaves queries and keys out; here every layer is clipped, each row of a group on its own.
 Folding divides the weight (and bias) of the norm before, or the rows of the producing linear layer where its shape
 allows; where nothing can take the scale, alpha is 0.
 Source: Lin 2023 (arXiv:2306.00978), mit-han-lab/llm-awq. Bits as RTN.

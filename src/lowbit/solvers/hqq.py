@@ -4,7 +4,8 @@
     E = shrink(W - W_r) = sign(d) relu(|d| - |d|^(p-1) / beta);   z = mean(W_q - (W - E) / s);   beta *= kappa
 
 p = 0.7, beta = 10, kappa = 1.01, 20 iterations; stops when mean |W - W_r| no longer falls, and keeps the best zero seen
-(the plain routine returns the one after the last, worse, update). The zero is real (fp16): b + 32 / group bits.
+(the plain routine returns the one after the last, worse, update). The mean is over the whole matrix handed in, so rows
+solved together stop together. The zero is real (fp16): b + 32 / group bits.
 Source: Badri & Shaji 2023 (HQQ, mobiusml/hqq).
 """
 
