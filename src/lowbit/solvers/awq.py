@@ -16,7 +16,7 @@ Source: Lin 2023 (arXiv:2306.00978), mit-han-lab/llm-awq. Bits as RTN.
 import torch
 from torch import Tensor
 
-from lowbit.errors import RecipeError
+from lowbit.errors import FormatError, RecipeError
 from lowbit.formats import Format, Grid, decode, encode, fit
 from lowbit.solvers._spec import Solution, Spec
 from lowbit.statistics import LayerStatistics, output_error
@@ -28,7 +28,10 @@ def smooth(weights: list[Tensor], statistics: LayerStatistics, fmt: Format, grid
     best, kept = float("inf"), torch.ones(w.shape[1])
     for i in range(grid):
         t = channel_scale(statistics.abs_mean, i / grid)
-        w_hat = _rtn(w * t, fmt) / t
+        try:
+            w_hat = _rtn(w * t, fmt) / t
+        except FormatError:  # a scale too large for its dtype: no candidate
+            continue
         error = output_error(w, w_hat, statistics.gram)
         if error < best:
             best, kept = error, t
