@@ -9,6 +9,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -122,34 +123,38 @@ def compress_model(
     walk = Walk(source, plan, MemoryStore(), ids, say)
     estimate = walk.plan(resident_memory_bytes(), max_ram)
     say({"event": "plan"} | estimate.as_dict() | {"notes": [*estimate.notes, *notes], "model": source.describe()})
-    store = FolderStore(Path(f"{out}.partial"), _identity(source, plan, ids), replace=force)
-    walk.store = store
-    pieces = walk.run(estimate.recompute)
-    say({"event": "write"})
-    layers = {name: row for piece in pieces for name, row in store.entries(piece)["layers"].items()}
-    run = {
-        "seconds": time.perf_counter() - began,
-        "peak_memory_bytes": peak_memory_bytes(),
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-    }
-    manifest = write_artifact(
-        out,
-        [store.path(piece) for piece in pieces],
-        layers,
-        tied=_tied_modules(source.tied, layers),
-        config=source.config,
-        auto_class=auto_class_of(walk.model),
-        recipe=plan.as_dict(),
-        seed=plan.seed,
-        source={"describe": source.describe(), "fingerprint": source.fingerprint, "nbytes_float": source.nbytes_float},
-        activations=plan.activations,
-        tokenizer=words,
-        generation_config=getattr(walk.model, "generation_config", None),
-        run=run | {"evaluations": []},
-        force=force,
-    )
-    store.discard()
+    with closing(FolderStore(Path(f"{out}.partial"), _identity(source, plan, ids), replace=force)) as store:
+        walk.store = store
+        pieces = walk.run(estimate.recompute)
+        say({"event": "write"})
+        layers = {name: row for piece in pieces for name, row in store.entries(piece)["layers"].items()}
+        run = {
+            "seconds": time.perf_counter() - began,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "machine": machine(),
+            "threads": torch.get_num_threads(),
+        }
+        manifest = write_artifact(
+            out,
+            [store.path(piece) for piece in pieces],
+            layers,
+            tied=_tied_modules(source.tied, layers),
+            config=source.config,
+            auto_class=auto_class_of(walk.model),
+            recipe=plan.as_dict(),
+            seed=plan.seed,
+            source={
+                "describe": source.describe(),
+                "fingerprint": source.fingerprint,
+                "nbytes_float": source.nbytes_float,
+            },
+            activations=plan.activations,
+            tokenizer=words,
+            generation_config=getattr(walk.model, "generation_config", None),
+            run=run | {"evaluations": []},
+            force=force,
+        )
+        store.discard()
     return result_of(manifest, run)
 
 

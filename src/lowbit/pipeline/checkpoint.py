@@ -4,20 +4,27 @@
     OUT.partial/piece-<name>.safetensors  packed and plain tensors of one finished piece; its description in the header
     OUT.partial/hidden-<k>.safetensors    hidden states entering block k; only the newest is kept
 
+    OUT.partial/lock                      held by the run that is going on; the system lets go of it when that run ends
+
 Every file is written under another name, flushed, and renamed, and the folder is flushed after it: what is written
-later is never there without what was written before. A piece is complete exactly if it is there.
+later is never there without what was written before. A piece is complete exactly if it is there. Each holds a SHA-256
+of its own, checked by the run that goes on from it: a damaged piece is done again.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lowbit.errors import ArtifactError, RecipeError
+from lowbit.pipeline import lock
+from lowbit.runtime.safetensors_io import bytes_of
 
 Entries = dict[str, Any]
 
@@ -48,33 +55,46 @@ class FolderStore:
 
     identity: what must be the same for a run to go on
     replace:  throw another run's work away
-    Raises RecipeError where the folder holds another run and `replace` is False, and always where it is nobody's run.
+    Raises RecipeError where the folder holds another run and `replace` is False, and always where it is nobody's run
+    or where a run is going on in it.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], replace: bool = False) -> None:
         self.folder = folder
+        self._whole: set[str] = set()
         path = folder / "identity.json"
         _check_ours(path, folder)
-        if path.exists() and (changed := _differs(path, identity)):
-            if not replace:
-                raise RecipeError(_of_another_run(folder, changed))
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
-        if not path.exists():
-            _write(path, json.dumps(identity, sort_keys=True, indent=1).encode())
+        self._lock = lock.FolderLock(folder)
+        try:
+            if path.exists() and (changed := _differs(path, identity)):
+                if not replace:
+                    raise RecipeError(_of_another_run(folder, changed))
+                _empty(folder)
+            for leftover in folder.glob("*.tmp"):
+                leftover.unlink()
+            if not path.exists():
+                _write(path, json.dumps(identity, sort_keys=True, indent=1).encode())
+        except BaseException:
+            self.close()
+            raise
 
     def has(self, name: str) -> bool:
-        return self.path(name).exists()
+        """Whether the piece is there and whole. A damaged one is removed."""
+        path = self.path(name)
+        if name not in self._whole and path.exists():
+            if _is_whole(path):
+                self._whole.add(name)
+            else:
+                path.unlink()
+        return path.exists()
 
     def path(self, name: str) -> Path:
         return self.folder / f"piece-{name}.safetensors"
 
     def put(self, name: str, tensors: dict[str, Tensor], entries: Entries) -> None:
-        from safetensors.torch import save
-
-        _write(self.path(name), save(tensors, {"entries": json.dumps(entries)}))
+        _write(self.path(name), _sealed(tensors, json.dumps(entries)))
+        self._whole.add(name)
 
     def entries(self, name: str) -> Entries:
         from safetensors import safe_open
@@ -83,19 +103,18 @@ class FolderStore:
             return json.loads(f.metadata()["entries"])
 
     def put_hidden(self, k: int, hidden: list[Tensor]) -> None:
-        from safetensors.torch import save
-
-        _write(self._hidden(k), save({str(i): h for i, h in enumerate(hidden)}))
+        _write(self._hidden(k), _sealed({str(i): h for i, h in enumerate(hidden)}))
         for old in self.folder.glob("hidden-*.safetensors"):
             if old != self._hidden(k):
                 old.unlink()
 
     def newest_hidden(self) -> "tuple[int, list[Tensor]] | None":
-        """(k, hidden states entering block k), in memory of their own, or None."""
+        """(k, hidden states entering block k), in memory of their own; None where none are whole."""
         from safetensors import safe_open
 
-        found = sorted(int(p.stem.split("-")[1]) for p in self.folder.glob("hidden-*.safetensors"))
-        if not found:
+        numbers = (p.stem.split("-")[1] for p in self.folder.glob("hidden-*.safetensors"))
+        found = sorted(int(k) for k in numbers if k.isdecimal())
+        if not found or not _is_whole(self._hidden(found[-1])):
             return None
         with safe_open(self._hidden(found[-1]), framework="pt") as f:
             return found[-1], [f.get_tensor(str(i)).clone() for i in range(len(f.keys()))]
@@ -106,7 +125,14 @@ class FolderStore:
 
     def discard(self) -> None:
         """Remove the folder: the artifact is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _empty(self.folder)
+            self._lock.remove()
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        """Let another run have the folder."""
+        self._lock.release()
 
     def _hidden(self, k: int) -> Path:
         return self.folder / f"hidden-{k}.safetensors"
@@ -115,12 +141,47 @@ class FolderStore:
 Store = MemoryStore | FolderStore
 
 
+def _sealed(tensors: dict[str, Tensor], entries: str = "") -> bytes:
+    """A safetensors file with a SHA-256 of what it holds in its header."""
+    from safetensors.torch import save
+
+    in_order = ((name, tensors[name]) for name in sorted(tensors))
+    return save(tensors, {"entries": entries, "sha256": _sum_of(in_order, entries)})
+
+
+def _sum_of(tensors: Iterable[tuple[str, Tensor]], entries: str) -> str:
+    digest = hashlib.sha256(entries.encode())
+    for name, t in tensors:
+        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        digest.update(bytes_of(t.detach().contiguous()))
+    return digest.hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as f:
+            told, names = f.metadata() or {}, sorted(f.keys())
+            return told.get("sha256") == _sum_of(((n, f.get_tensor(n)) for n in names), told.get("entries", ""))
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
+def _empty(folder: Path) -> None:
+    """Remove everything but the lock."""
+    for path in folder.iterdir():
+        if path.name != lock.NAME:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _differs(path: Path, identity: dict[str, Any]) -> list[str]:
     """What is not the same in the run found and the run wanted."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
         found = {}
+    found = found if isinstance(found, dict) else {}
     return sorted(k for k in {*found, *identity} if found.get(k) != identity.get(k))
 
 
@@ -128,7 +189,7 @@ def _check_ours(path: Path, folder: Path) -> None:
     """A folder without identity.json is no run of ours, unless it is empty (a run that was killed as it began)."""
     if not folder.exists() or path.exists():
         return
-    if not folder.is_dir() or any(p.suffix != ".tmp" for p in folder.iterdir()):
+    if not folder.is_dir() or any(p.suffix != ".tmp" and p.name != lock.NAME for p in folder.iterdir()):
         raise RecipeError(
             f"{folder} is where this run would keep its finished blocks, but it holds something else: "
             "move it away, or choose another -o."
