@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.api import _identity
-from lowbit.errors import DataError
+from lowbit.errors import DataError, RecipeError
 from lowbit.formats import Format, QuantizedTensor, quantize
 from lowbit.pipeline.checkpoint import FolderStore, MemoryStore
 from lowbit.pipeline.stream import Walk
@@ -180,6 +180,28 @@ def test_heads_of_their_own_are_packed_and_shared_ones_stored_once(kind: str, he
         expected = quantize(model.get_submodule(head).weight, Format.parse("int8-g16")).tensors()
         assert all(torch.equal(tensors[f"{head}.{k}"], t) for k, t in expected.items())
     assert len(pieces["opening"][1]["layers"]) == 1  # the token embedding; GPT-2's positions stay
+    names = [name for tensors, _ in pieces.values() for name in tensors]
+    assert len(names) == len(set(names)) and "lm_head.weight" not in names
+
+
+def test_layers_that_the_model_does_not_call_are_rounded_without_data(ids: Tensor) -> None:
+    model = tiny.model("llama")
+    for block in model.model.layers:
+        block.spare = nn.Linear(tiny.WIDTH, 16)
+    statistics = LayerStatistics(torch.eye(tiny.WIDTH), torch.ones(tiny.WIDTH), 1)
+    for method in ("hqq", "rtn"):
+        tensors, entries = walked(model, ids, method=method)["block-0001"]
+        spare = entries["layers"]["model.layers.1.spare"]
+        assert spare["error_of"] == "weight" and spare["bias"]
+        solution = find(method).solve(
+            model.model.layers[1].spare.weight.detach(), statistics, find(method).default_format(3, 16)
+        )
+        assert torch.equal(tensors["model.layers.1.spare.codes"], solution.quantized().tensors()["codes"])
+    for method in ("gptq", "awq"):
+        with pytest.raises(RecipeError, match=r'block 0: .*layers\.0\.spare.*match: "\*\.spare", format: float'):
+            walked(model, ids, method=method)
+        left = walked(model, ids, method=method, layers=[{"match": "*.spare", "format": "float"}])["block-0001"]
+        assert "model.layers.1.spare.weight" in left[1]["plain"]
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import LowbitError, ModelError, ShapeError
+from lowbit.errors import LowbitError, ModelError, RecipeError, ShapeError
 from lowbit.evaluate import resident_memory_bytes
 from lowbit.formats import Format, QuantizedTensor
 from lowbit.pipeline.blocks import (
@@ -196,6 +196,8 @@ class Walk:
         if self.windows is None:
             return self._solve_group(i, block, list(linear_layers(block)), None)
         groups = input_groups(block, hidden[0], *self.calls[i])
+        unused = [n for n in linear_layers(block) if n not in {m for g in groups for m in g}]
+        self._check_unused(i, unused)
         if self.recipe.solver.smooth is not None:
             return self._solve_smoothed(i, block, groups, hidden)
         solved: Solved = {}
@@ -205,8 +207,17 @@ class Walk:
             statistics = _accumulate(forwards.inputs(group[0]), width)
             solved |= self._solve_group(i, block, group, statistics)
         forwards.outputs()
-        unused = [n for n in linear_layers(block) if n not in {m for g in groups for m in g}]
         return solved | self._solve_group(i, block, unused, None)
+
+    def _check_unused(self, i: int, names: list[str]) -> None:
+        """Layers without inputs have no statistics: only a method without data can round them."""
+        for name in names if self.recipe.solver.needs_data else ():
+            full = f"{self.prefix}.{i}.{name}"
+            if self.recipe.format_for(full) is not None:
+                raise RecipeError(
+                    f"the model does not use {full} on the calibration text, so {self.recipe.method} cannot round it. "
+                    f'Leave it as it is: layers: [{{match: "*.{name}", format: float}}] in a recipe.'
+                )
 
     def _solve_smoothed(self, i: int, block: nn.Module, groups: list[list[str]], hidden: list[Tensor]) -> Solved:
         """AWQ's order: all groups see the float block.
