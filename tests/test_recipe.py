@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lowbit.errors import FormatError, RecipeError
 from lowbit.recipe import Recipe
@@ -87,6 +88,10 @@ def test_a_recipe_survives_being_written_down() -> None:
         ({"format": "uint4-g64-stochastic"}, "other codes on every run"),
         ({"layers": [{"match": "*", "format": "int4-g16-stochastic"}]}, "other codes on every run"),
         ({"layers": [{"match": "*"}]}, "layers.0.format"),
+        ({"bits": True}, "bits=True"),
+        ({"group": False}, "group=False"),
+        ({"seed": 2**64}, "seed="),
+        ({"seed": -(2**63) - 1}, "seed="),
     ],
 )
 def test_what_is_not_understood_is_refused(fields: dict[str, Any], said: str) -> None:
@@ -108,3 +113,28 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str) -> None:
         Recipe.load(path)
     with pytest.raises(RecipeError, match="check the path"):
         Recipe.load(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["bits: 4\nmethod: rtn\nbits: 3", "layers:\n  - {match: '*', format: float, match: a}", "options: {a: 1, 'a': 2}"],
+)
+def test_a_field_written_twice_is_refused(tmp_path: Path, text: str) -> None:
+    """YAML would take the last one without a word."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match="twice"):
+        Recipe.load(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "a: " + "[" * 5000, "seed: 2024-13-45"])
+def test_a_file_that_trips_the_yaml_reader(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        Recipe.load(path)
+
+
+def test_the_widest_seeds_work() -> None:
+    for seed in (-(2**63), 2**64 - 1):
+        torch.Generator().manual_seed(Recipe(seed=seed).seed)

@@ -47,11 +47,14 @@ class Recipe(BaseModel):
     data: str = ""
     windows: int = Field(24, ge=1)
     context: int = Field(512, ge=2)
-    seed: int = 0
+    seed: int = Field(0, ge=-(2**63), lt=2**64)  # what torch takes
     embeddings: int = Field(8, ge=1, le=16)
     activations: Literal["float", "int8"] = "float"
 
     def __init__(self, **fields: Any) -> None:
+        for name, value in fields.items():  # YAML reads yes, no, on and off as these, and they would count as 1 and 0
+            if isinstance(value, bool):
+                raise RecipeError(f"recipe field {name}={value!r}: no field is true or false; leave it out.")
         try:
             super().__init__(**fields)
         except ValidationError as e:
@@ -143,14 +146,30 @@ def read_yaml(path: "str | Path") -> dict[str, Any]:
     import yaml
 
     try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        fields = yaml.safe_load(text)
+        if twice := _written_twice(yaml.compose(text, yaml.SafeLoader)):
+            raise RecipeError(f"recipe {str(path)!r} has {twice!r} twice; leave one of them.")
     except OSError as e:
         raise RecipeError(f"recipe {str(path)!r} cannot be read ({e.strerror or e}); check the path.") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as e:
         raise RecipeError(f"recipe {str(path)!r} is not YAML: {str(e).splitlines()[0]}") from e
+    except RecursionError:
+        raise RecipeError(f"recipe {str(path)!r} is not YAML that can be read: its brackets are too deep.") from None
     if not isinstance(fields, dict) or not all(isinstance(k, str) for k in fields):
         raise RecipeError(f"recipe {str(path)!r} should be lines such as `method: gptq` and `bits: 4`.")
     return fields
+
+
+def _written_twice(node: Any) -> "str | None":
+    """A key that a mapping of a YAML document holds twice; YAML readers take the last without a word."""
+    if node is None or isinstance(node.value, str):
+        return None
+    pairs = [pair for pair in node.value if isinstance(pair, tuple)]
+    keys = [str(key.value) for key, _ in pairs]
+    inner = [value for _, value in pairs] if pairs else node.value
+    again = (key for i, key in enumerate(keys) if key in keys[:i])
+    return next(again, None) or next(filter(None, map(_written_twice, inner)), None)
 
 
 def _readable(e: ValidationError, fields: dict[str, Any]) -> str:
