@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import DataError, RecipeError, ShapeError
+from lowbit.errors import DataError, ModelError, RecipeError, ShapeError
 from lowbit.evaluate import peak_memory_bytes, resident_memory_bytes
 from lowbit.formats import QuantizedTensor
 from lowbit.pipeline.blocks import layer_matrix, layer_type
@@ -64,6 +64,13 @@ def compress(
     widths = {"bits": bits, "group": group, "format": format, "embeddings": embed_bits, "activations": activations}
     calibration = {"windows": windows, "context": context, "seed": seed}
     plan = Recipe.merged(recipe, method=method, options=options, **widths, **calibration)
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"lowbit.compress takes a torch module, not a {type(model).__name__}; "
+            "a model on disk goes to lowbit.api.compress_model(model, out)."
+        )
+    if any(True for _ in swap.packed_modules(model)):
+        raise ModelError("the model's layers are packed already; give the float model it came from.")
     if not hasattr(model, "config"):
         return _compress_layers(model, plan)
     ids = _ids(data, tokenizer, plan)
@@ -119,7 +126,7 @@ def compress_model(
     if plan.data:
         found = token_windows(read_text(plan.data), words, plan.windows, plan.context, plan.seed)
         ids, notes = found.ids, [found.note] if found.note else []
-        _check_context(source.config, plan.context)
+        _check_ids(ids, source.config)
     walk = Walk(source, plan, MemoryStore(), ids, say)
     estimate = walk.plan(resident_memory_bytes(), max_ram)
     say({"event": "plan"} | estimate.as_dict() | {"notes": [*estimate.notes, *notes], "model": source.describe()})
@@ -192,7 +199,7 @@ def _tokenizer(source: Any, given: "str | Path | None") -> Any:
         from transformers import AutoTokenizer
 
         try:
-            words = AutoTokenizer.from_pretrained(str(given), local_files_only=True)
+            words = AutoTokenizer.from_pretrained(str(given), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as e:
             raise DataError(
                 f"no tokenizer could be read from {str(given)!r} ({str(e).splitlines()[0]}); give its folder."
@@ -261,20 +268,23 @@ def _ids(data: Any, tokenizer: Any, plan: Recipe) -> "Tensor | None":
             )
         return None
     if isinstance(data, Tensor):
-        if data.ndim != 2 or data.is_floating_point():
+        if data.ndim != 2 or data.is_floating_point() or data.is_complex() or data.dtype == torch.bool:
             raise DataError(f"token ids should be integers (windows, context), not {tuple(data.shape)} {data.dtype}.")
-        return data.cpu()
+        return data.long().cpu()
+    several = isinstance(data, (list, tuple))
+    if not isinstance(data, (str, Path)) and not (several and all(isinstance(text, str) for text in data)):
+        raise DataError("data should be texts with tokenizer=..., a file's path, or a tensor of token ids.")
     if tokenizer is None:
         raise DataError("texts need tokenizer=..., the model's own; or give data=token_ids (windows, context).")
-    text = "\n\n".join(data) if isinstance(data, (list, tuple)) else str(data)
-    if not isinstance(data, (list, tuple)) and "\n" not in text and len(text) < 1000:
+    text = "\n\n".join(data) if several else str(data)
+    if not several and "\n" not in text and len(text) < 1000:
         text = read_text(text)
     return token_windows(text, tokenizer, plan.windows, plan.context, plan.seed).ids
 
 
 def _assemble(walk: Walk, store: Store, plan: Recipe) -> nn.Module:
     """The walked skeleton with plain tensors in place and packed layers for the rest."""
-    model = walk.model
+    model = walk.source.new_skeleton()  # the walk has left float32 parameters behind; here each has its own dtype
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for piece, entries in store.pieces.values():  # type: ignore[union-attr]
@@ -289,8 +299,6 @@ def _assemble(walk: Walk, store: Store, plan: Recipe) -> nn.Module:
 
     swap.install(model, manifest, parts_of, plan.activations)
     swap.untie(model, manifest)
-    config: Any = model.config
-    config.use_cache = getattr(walk.source.config, "use_cache", True)
     return model.eval()
 
 

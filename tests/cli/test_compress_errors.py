@@ -153,3 +153,41 @@ def test_interrupted(model: Path, out: Path, text: Path, monkeypatch: pytest.Mon
     done = run("compress", model, "-o", out, *SMALL, "--data", text)
     assert done.exit_code == 0 and "Going on from block 2 of 2" in done.stdout
     assert (out / "report.html").is_file() and not (out.parent / "out.partial").exists()
+
+
+def test_a_text_with_a_token_that_the_model_has_no_row_for(model: Path, out: Path, text: Path, tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    given = (
+        "compress",
+        model,
+        "-o",
+        out,
+        *SMALL,
+        "--method",
+        "hqq",
+        "--data",
+        text,
+        "--tokenizer",
+        tmp_path / "tokenizer",
+    )
+    text.write_text(text.read_text() + "<extra> " * 600)
+    assert "vocabulary is 0 to 63" in refused(*given)
+    assert not left_behind(out)
+
+
+def test_a_folder_on_a_read_only_disk(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(out))
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    assert "a place you may write to" in refused("compress", model, "-o", out, *SMALL, "--method", "rtn")
+
+
+def test_a_gguf_whose_tokenizer_gets_a_word_from_transformers(out: Path, tmp_path: Path) -> None:
+    tiny.write_llama_gguf(tmp_path / "tiny.gguf")
+    done = run("compress", tmp_path / "tiny.gguf", "-o", out, "--method", "rtn", "--group", 16)
+    assert done.exit_code == 0, done.stderr
+    said = refused("generate", out, "--prompt", "<|endoftext|>", "--raw")
+    assert "token id 64" in said

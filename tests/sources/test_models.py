@@ -314,3 +314,34 @@ def test_nan_and_inf_are_named():
     w[4_999_999], w[7] = float("nan"), float("inf")
     with pytest.raises(ModelError, match=r"layers.3.weight: 2 of 5000000 values are NaN or infinite"):
         check_finite("layers.3.weight", w)
+
+
+def test_a_folder_with_code_of_its_own_is_refused_without_asking(tmp_path, monkeypatch):
+    """transformers would ask at the terminal whether to run it, and a `y` would."""
+    folder, _ = saved(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "stranger", "auto_map": {"AutoConfig": "stranger.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "stranger.py").write_text("raise SystemExit('code of the folder was run')")
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("asked whether to run code"))
+    with pytest.raises(ModelError, match="config.json cannot be used"):
+        open_model(folder)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_without_asking(tmp_path, monkeypatch):
+    folder, _ = saved(tmp_path)
+    table = {"tokenizer_class": "Stranger", "auto_map": {"AutoTokenizer": ["stranger.Stranger", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(table))
+    (folder / "stranger.py").write_text("raise SystemExit('code of the folder was run')")
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("asked whether to run code"))
+    with pytest.raises(ModelError, match="no tokenizer that loads"):
+        open_model(folder).load_tokenizer()
+
+
+def test_weights_stored_as_whole_numbers_are_refused(tmp_path):
+    folder, _ = saved(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj.weight is stored as whole numbers.*quantized"):
+        open_model(folder)

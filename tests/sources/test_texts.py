@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from lowbit.errors import DataError
 from lowbit.sources import check_tokenizer, read_text, token_ids, token_windows
@@ -173,3 +174,13 @@ def test_a_strangers_tokenizer():
     check_tokenizer(tiny.tokenizer(40), config)  # padding rows are usual
     with pytest.raises(DataError, match=r"ids up to 64, but the model's vocabulary ends at 63: .*--tokenizer FOLDER"):
         check_tokenizer(tiny.tokenizer(65), config)
+
+
+def test_tokens_added_beyond_the_models_rows_are_usual():
+    """A [PAD] that never got a row; <|endoftext|>, which transformers adds to a GGUF that has none."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
+    assert max(tokenizer.get_vocab().values()) == tiny.VOCAB
+    check_tokenizer(tokenizer, tiny.CONFIGS["llama"]())
+    with pytest.raises(DataError, match="ids up to 63"):
+        check_tokenizer(tokenizer, transformers.LlamaConfig(vocab_size=60))

@@ -63,7 +63,7 @@ def _tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as e:
         raise ArtifactError(
             f"{path} has no tokenizer that transformers can read ({str(e).splitlines()[0]}); compress the model again."

@@ -162,9 +162,12 @@ def fail(shell: Shell, sentence: str, kind: str, code: int = 1) -> int:
     return code
 
 
+WRITABLE = " Give a place you may write to."
+
+
 def _os_sentence(e: OSError) -> str:
     where = f"{e.filename}: " if e.filename else ""
-    fix = {28: " Free some space, or give another -o.", 13: " Give a place you may write to."}.get(e.errno or 0, "")
+    fix = {28: " Free some space, or give another -o.", 13: WRITABLE, 30: WRITABLE}.get(e.errno or 0, "")
     return f"{where}{e.strerror or e}.{fix}"
 
 

@@ -46,7 +46,7 @@ def split_quantize(
     `quantize` does.
     """
     _same_shape(w, mask)
-    h = torch.ones(w.shape, device=w.device) if importance is None else importance
+    h = torch.ones(w.shape, dtype=torch.float32, device=w.device) if importance is None else importance
     qt = quantize(float_matrix(w).reshape(w.shape).masked_fill(mask, 0), dense, h.masked_fill(mask, 0), generator)
     if dense.rounding == "stochastic":  # a drawn code need not be the nearest to 0
         qt = _nearest_to_zero(qt, mask.reshape(qt.matrix_shape))

@@ -179,7 +179,7 @@ def fit(w: Tensor, fmt: Format, importance: "Tensor | None" = None) -> Grid:
         importance = importance.where((importance > 0).any(1, keepdim=True), torch.ones_like(importance))
     if fmt.scale_rule == "kmeans":
         table = kmeans_table(w, 2**fmt.levels.bits, importance)
-        return Grid(torch.ones(w.shape[0], 1, device=w.device), None, table)
+        return Grid(torch.ones(w.shape[0], 1, dtype=torch.float32, device=w.device), None, table)
     if w.numel() == 0:
         return Grid(w.new_zeros(w.shape[0], 1), w.new_zeros(w.shape[0], 1) if fmt.zero != "none" else None)
     scale, zero = scales.RULES[fmt.scale_rule](w, fmt, importance)

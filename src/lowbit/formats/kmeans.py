@@ -37,7 +37,7 @@ def kmeans_table(w_blocks: Tensor, k: int, importance: "Tensor | None" = None, i
     """
     b = len(w_blocks)
     if w_blocks.numel() == 0:
-        return torch.zeros(b, k, device=w_blocks.device)
+        return torch.zeros(b, k, dtype=torch.float32, device=w_blocks.device)
     x, h = _sorted(w_blocks, importance)
     sums = _running(h), _running(h * x), _running(h * x * x)
     table, cuts, error = _lloyd(x, sums, _start(x, h, k), iterations)

@@ -128,7 +128,7 @@ def twn(w: Tensor, fmt: "Format", importance: "Tensor | None" = None) -> Found:
 
 def mx(w: Tensor, fmt: "Format", importance: "Tensor | None" = None) -> Found:
     largest = _only_present(w, importance).abs().amax(1, keepdim=True)
-    top = torch.frexp(torch.tensor(fmt.levels.values[-1]))[1].to(w.device)
+    top = torch.frexp(torch.tensor(fmt.levels.values[-1], dtype=torch.float32))[1].to(w.device)
     scale = power_of_two(torch.frexp(largest)[1] - top)  # frexp's exponents are both floor(log2) + 1
     return round_scale(torch.where(largest > 0, scale, 0.0), fmt.scale_dtype), None
 

@@ -156,7 +156,7 @@ class QuantizedTensor:
         assert isinstance(fmt, Format)
         if "table" in part.tensors:
             table = part.tensors["table"].float()
-            return Grid(torch.ones(len(table), 1, device=table.device), None, table)
+            return Grid(torch.ones(len(table), 1, dtype=torch.float32, device=table.device), None, table)
         scale = load_scale(part.tensors, fmt.scale_dtype).reshape(-1, 1)
         if fmt.zero == "none":
             return Grid(scale)

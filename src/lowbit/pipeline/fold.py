@@ -42,7 +42,7 @@ def find_producer(
     """The name of a module that can take the group's input scaling, or None. Weights are as before when it returns."""
     inputs, before = all_inputs(block, group[:1], hidden, args, kwargs)
     width = inputs[group[0]].shape[-1]
-    t = torch.rand(width, generator=torch.Generator().manual_seed(0)) + 0.5
+    t = torch.rand(width, generator=torch.Generator().manual_seed(0), dtype=torch.float32) + 0.5
     for name in _candidates(block, group, width):
         saved = {k: v.clone() for k, v in block.state_dict().items()}
         fold(block, name, group, t)

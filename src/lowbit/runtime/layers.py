@@ -60,7 +60,10 @@ def kernel_weight(qt: QuantizedTensor) -> KernelWeight:
     (out, in_), fmt, grid = qt.matrix_shape, qt.format, qt.grid()
     _, block_cols = fmt.blocks.size(out, in_)
     groups = in_ // block_cols
-    scale, zero = (torch.empty(0, 0) if t is None else _per_row(t, out, groups) for t in (grid.scale, grid.zero))
+    scale, zero = (
+        torch.empty(0, 0, dtype=torch.float32) if t is None else _per_row(t, out, groups)
+        for t in (grid.scale, grid.zero)
+    )
     if grid.table is None:
         table = fmt.levels.table()[None]
     else:
@@ -326,7 +329,7 @@ class PackedEmbedding(_Packed):
         count = last - first
         token = torch.arange(len(flat)).repeat_interleave(count)
         at = torch.arange(len(token)) - (count.cumsum(0) - count)[token] + first[token]
-        out = torch.zeros(len(flat), self.embedding_dim)
+        out = torch.zeros(len(flat), self.embedding_dim, dtype=torch.float32)
         out[token, e.col[at]] = e.value[at]
         return out.reshape(*ids.shape, self.embedding_dim)
 

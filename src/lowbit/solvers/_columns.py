@@ -64,7 +64,7 @@ def _loop(columns: Tensor, u: Tensor, hooks: "ColumnHooks", block: int) -> float
     diagonal = u.diagonal().tolist()
     for i1 in range(0, n, block):
         i2 = min(i1 + block, n)
-        errors = torch.empty(i2 - i1, columns.shape[1])
+        errors = torch.empty(i2 - i1, columns.shape[1], dtype=columns.dtype)
         for j in range(i1, i2):
             hooks.group(j, columns)
             column = columns[j]

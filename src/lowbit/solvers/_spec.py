@@ -69,5 +69,5 @@ class Spec:
 
 def empty_grid(n: int, fmt: Format) -> Grid:
     """A grid of n blocks to be filled in place."""
-    zero = torch.zeros(n, 1) if fmt.zero != "none" else None
-    return Grid(torch.zeros(n, 1), zero)
+    zero = torch.zeros(n, 1, dtype=torch.float32) if fmt.zero != "none" else None
+    return Grid(torch.zeros(n, 1, dtype=torch.float32), zero)

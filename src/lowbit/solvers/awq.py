@@ -25,7 +25,7 @@ from lowbit.statistics import LayerStatistics, output_error
 def smooth(weights: list[Tensor], statistics: LayerStatistics, fmt: Format, grid: int = 20) -> Tensor:
     """The best input scaling t (in,) for layers that share their input. alpha = 0 (t = 1) is among the candidates."""
     w = torch.cat(weights)
-    best, kept = float("inf"), torch.ones(w.shape[1])
+    best, kept = float("inf"), torch.ones(w.shape[1], dtype=torch.float32)
     for i in range(grid):
         t = channel_scale(statistics.abs_mean, i / grid)
         try:

@@ -178,7 +178,13 @@ class ModelSource:
                 f"{self.path} has no weights for {missing[0]}{more}, which {type(model).__name__} needs; check that "
                 "config.json (`architectures`) and the weight files belong together."
             )
+        own = dict(model.named_parameters())
         for name, entry in found.items():
+            if name in own and not self._dtype(entry).is_floating_point:
+                raise ModelError(
+                    f"{self.path}: {name} is stored as whole numbers ({self._dtype(entry)}), so the model is quantized "
+                    "already; give the float model it came from."
+                )
             if (given := self._stored_shape(entry)) != self._shapes[name]:
                 raise ModelError(self._shape_message(name, given))
 

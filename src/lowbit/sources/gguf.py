@@ -45,7 +45,7 @@ class GgufSource(ModelSource):
 
         with tempfile.TemporaryDirectory() as folder, _wrapped(self.path):
             Path(folder, "header.gguf").write_bytes(config_stub(self.header))
-            config = AutoConfig.from_pretrained(folder, gguf_file="header.gguf")
+            config = AutoConfig.from_pretrained(folder, gguf_file="header.gguf", trust_remote_code=False)
         if config.vocab_size == 1:  # the stub's vocabulary; the file's own counts
             config.vocab_size = self.header.counts["tokenizer.ggml.tokens"]
         config._name_or_path = self.name
@@ -103,7 +103,9 @@ class GgufSource(ModelSource):
         if "tokenizer.ggml.tokens" not in self.header.counts:
             raise ModelError(f"{self.path} holds no tokenizer; give one with --tokenizer FOLDER.")
         with _wrapped(self.path):
-            return AutoTokenizer.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
+            return AutoTokenizer.from_pretrained(
+                str(self.path.parent), gguf_file=self.path.name, trust_remote_code=False
+            )
 
 
 def dequantise(path: Path, info: TensorInfo) -> Tensor:

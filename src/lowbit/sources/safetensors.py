@@ -51,7 +51,7 @@ class SafetensorsSource(ModelSource):
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(str(self.path))
+            config = AutoConfig.from_pretrained(str(self.path), trust_remote_code=False)
         except Exception as e:  # a damaged config fails in as many ways as there are keys
             first = (str(e).strip().splitlines() or [type(e).__name__])[0]
             raise ModelError(
@@ -99,7 +99,7 @@ class SafetensorsSource(ModelSource):
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(str(self.path))
+            return AutoTokenizer.from_pretrained(str(self.path), trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as e:
             first = (str(e).strip().splitlines() or [type(e).__name__])[0]
             raise ModelError(

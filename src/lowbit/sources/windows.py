@@ -59,12 +59,15 @@ def token_ids(text: str, tokenizer: Any) -> Tensor:
 
 
 def check_tokenizer(tokenizer: Any, config: Any) -> None:
-    """Raise DataError when the tokenizer can produce ids the model has no embedding for: it belongs to another model.
+    """Raise DataError when the tokenizer's words have ids the model has no embedding for: it belongs to another model.
 
-    A model may have more rows than the tokenizer has words (padding), so only the other direction is an error.
+    A model may have more rows than the tokenizer has words (padding), so only the other direction is an error. Tokens
+    that were added to a vocabulary (a [PAD] without a row, or what transformers adds to a GGUF's) do not count: plain
+    text does not hold them, and whoever feeds ids to a model checks those.
     """
     rows = config.get_text_config().vocab_size if hasattr(config, "get_text_config") else config.vocab_size
-    highest = max(tokenizer.get_vocab().values(), default=-1)
+    added = tokenizer.get_added_vocab()
+    highest = max((i for word, i in tokenizer.get_vocab().items() if word not in added), default=-1)
     if highest >= rows:
         raise DataError(
             f"the tokenizer has ids up to {highest}, but the model's vocabulary ends at {rows - 1}: they do not belong "
