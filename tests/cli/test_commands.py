@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowbit.cli import app
 from lowbit.cli._shell import Shell, clean, jsonable
 from lowbit.cli._values import parse_settings, parse_size
-from tests.cli.helpers import refused, run, run_json, words
+from tests.cli.helpers import RUNNER, refused, run, run_json, words
 from tests.sources import tiny_models as tiny
 
 
@@ -66,6 +67,43 @@ def test_generate(place: Path) -> None:
     assert found["new_tokens"] == 4 and found["prompt_tokens"] == 2
     said = run("generate", place / "out", "--prompt", "w5 w6", "--max-tokens", 4)
     assert said.stdout.strip() == found["text"].strip() and "tokens/s" in said.stderr
+
+
+def test_generate_at_the_edges(place: Path) -> None:
+    out, words = place / "out", ("--prompt", "w5 w6", "--max-tokens", 4)
+    greedy = run_json("generate", out, *words)["text"]
+    for nearly in ("1e-30", "1e-45", "1e-300"):
+        assert run_json("generate", out, *words, "--temperature", nearly)["text"] == greedy
+    assert "64 bits" in refused("generate", out, *words, "--temperature", 1, "--seed", 2**64)
+    assert "not UTF-8" in refused("generate", out, "--prompt", "w5 \udcff")
+
+
+@pytest.mark.parametrize(("given", "said"), [(b"w5 w6\n", ""), (b"\xff w5", "not UTF-8")])
+def test_a_prompt_from_standard_input(place: Path, given: bytes, said: str) -> None:
+    done = RUNNER.invoke(app, ["generate", str(place / "out"), "--prompt", "-", "--max-tokens", "2"], input=given)
+    assert done.exit_code == bool(said) and said in done.stderr
+
+
+def test_a_report_does_not_replace_weights(place: Path, tmp_path: Path) -> None:
+    out = place / "out"
+    for name in ("model.safetensors", "lowbit.json", "run.json"):
+        before = (out / name).read_bytes()
+        assert "part of the artifact" in refused("report", out, "--to", out / name)
+        assert (out / name).read_bytes() == before
+    assert "is a folder" in refused("report", out, "--to", tmp_path)
+    assert run("report", out, "--to", tmp_path / "model.safetensors").exit_code == 0
+
+
+def test_an_encoder_whose_tokenizer_has_no_mask_is_not_measured_as_a_decoder(place: Path, tmp_path: Path) -> None:
+    """It sees the tokens it would have to predict."""
+    tiny.model("bert").save_pretrained(tmp_path / "bert")
+    tokenizer = tiny.tokenizer()
+    tokenizer.save_pretrained(tmp_path / "bert")
+    given = ("eval", tmp_path / "bert", "--text", place / "words.txt", "--context", 16, "--windows", 2)
+    assert "no mask token" in refused(*given)
+    tokenizer.add_special_tokens({"mask_token": "w3"})
+    tokenizer.save_pretrained(tmp_path / "bert")
+    assert run_json(*given)["protocol"] == "masked"
 
 
 def test_inspect_refuses_a_changed_file(place: Path, tmp_path: Path) -> None:

@@ -123,8 +123,17 @@ def _tokens(words: str, tokenizer: Any, special: bool = True) -> Any:
 
 def _mask_id(model: Any, tokenizer: Any) -> "int | None":
     """The mask token of a masked language model; None for one that reads from left to right."""
-    masked = type(model).__name__.endswith("ForMaskedLM")
-    return getattr(tokenizer, "mask_token_id", None) if masked else None
+    from lowbit.errors import DataError
+
+    if not type(model).__name__.endswith("ForMaskedLM"):
+        return None
+    found = getattr(tokenizer, "mask_token_id", None)
+    if found is None:
+        raise DataError(
+            f"{type(model).__name__} is measured by hiding tokens, and its tokenizer has no mask token: "
+            "give a folder whose tokenizer_config.json names one (mask_token)."
+        )
+    return found
 
 
 def _check_masked(options: dict[str, Any]) -> None:

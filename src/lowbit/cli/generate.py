@@ -34,7 +34,7 @@ def run(
 ) -> None:
     sh = shell()
     if prompt == "-":
-        prompt = typer.get_text_stream("stdin").read()
+        prompt = typer.get_binary_stream("stdin").read().decode("utf-8", "surrogateescape")
     runnable = open_runnable(str(model), activations)
     from lowbit.runtime.generation import generate
 

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from lowbit.errors import ArtifactError
 from lowbit.report import svg, view
 from lowbit.report.run_file import read_run
 from lowbit.report.words import count_words, number, size_words, time_words
@@ -17,12 +18,21 @@ PART_STYLES = {"codes": "c0", "scales": "c1", "zeros": "c2", "tables": "c3", "ex
 
 
 def write_report(folder: "Path | str", to: "Path | str | None" = None) -> Path:
-    """Write OUT/report.html (or `to`) and return where. Raises ArtifactError if `folder` is no whole artifact."""
+    """Write OUT/report.html (or `to`) and return where. Raises ArtifactError if `folder` is no artifact."""
     from lowbit.runtime.manifest import load_manifest
 
     folder = Path(folder)
-    html = report_html(load_manifest(folder), read_run(folder), folder.name)
-    return write_page(Path(to) if to else folder / NAME, html)
+    manifest = load_manifest(folder)
+    path = Path(to) if to else folder / NAME
+    _check_place(path, folder, {*manifest["files"], "lowbit.json", "run.json"})
+    return write_page(path, report_html(manifest, read_run(folder), folder.name))
+
+
+def _check_place(path: Path, folder: Path, taken: set[str]) -> None:
+    """A report must not take the place of what the artifact consists of."""
+    if path.is_dir() or (path.name in taken and path.parent.resolve() == folder.resolve()):
+        what = "is a folder" if path.is_dir() else "is a part of the artifact"
+        raise ArtifactError(f"{path} {what}; give the name of a file for the report, e.g. --to report.html.")
 
 
 def write_page(path: Path, html: str) -> Path:

@@ -120,7 +120,8 @@ def generate(
     Raises DataError (prompt too long, no template, foreign tokenizer), RecipeError (options), ModelError (not a
     generator, NaN logits).
     """
-    _check_options(max_new_tokens, temperature, top_k, top_p)
+    _check_options(max_new_tokens, temperature, top_k, top_p, seed)
+    _check_text(prompt, system or "")
     stops = [stop] if isinstance(stop, str) else list(stop or ())
     if "" in stops:
         raise RecipeError("an empty stop string would end every answer at once. Leave it out.")
@@ -140,7 +141,7 @@ def generate(
     return Generation(steps, Detokenizer(tokenizer, () if chat else prompt_ids[-8:]), stops)
 
 
-def _check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+def _check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int) -> None:
     if max_new_tokens < 0:
         raise RecipeError(f"max_new_tokens={max_new_tokens} is negative. Try max_new_tokens=128.")
     if not 0 <= temperature < float("inf"):
@@ -149,6 +150,17 @@ def _check_options(max_new_tokens: int, temperature: float, top_k: int, top_p: f
         raise RecipeError(f"top_k={top_k} is negative. Use top_k=0 for all tokens, or try top_k=50.")
     if not 0 < top_p <= 1:
         raise RecipeError(f"top_p={top_p} must be above 0 and at most 1. Use top_p=1 for all tokens, or try top_p=0.9.")
+    if not -(2**63) <= seed < 2**64:
+        raise RecipeError(f"seed={seed} does not fit 64 bits. Try seed=0.")
+
+
+def _check_text(*texts: str) -> None:
+    """A terminal's bytes that are not UTF-8 arrive as surrogates, which no tokenizer takes."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError("the prompt is not UTF-8 text. Type it again, or set the terminal to UTF-8.") from None
 
 
 def _check_model(model: Any) -> None:
@@ -181,7 +193,7 @@ def encode_prompt(tokenizer: Any, model: Any, prompt: str, chat: bool, system: s
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": prompt})
         return _fill_template(tokenizer, messages)
-    ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
+    ids = list(tokenizer(prompt, verbose=False)["input_ids"]) if prompt else []
     if ids:
         return ids
     for name in ("bos_token_id", "eos_token_id"):

@@ -1,13 +1,15 @@
 """Choosing the next token.
 
     logits -> / temperature -> keep the top_k largest -> keep the smallest set with probability >= top_p -> draw
-    temperature 0 is greedy: the largest logit, no randomness
+    temperature 0 is greedy: the largest logit, no randomness; so is one that float32 takes for 0
 
 Source of top-p: Holtzman et al. 2019 (arXiv:1904.09751), section 3.1.
 """
 
 import torch
 from torch import Tensor
+
+TINY = torch.finfo(torch.float32).tiny
 
 
 class Sampler:
@@ -18,7 +20,7 @@ class Sampler:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, logits: Tensor) -> int:
-        if self.temperature == 0:
+        if self.temperature < TINY:
             return int(logits.argmax())
         p = self.probabilities(logits)
         return int(torch.multinomial(p, 1, generator=self.generator))
