@@ -303,3 +303,8 @@ def test_a_plain_network_is_compressed_layer_by_layer():
     assert torch.allclose(packed(x), net(x), atol=0.05)
     with pytest.raises(RecipeError, match="rtn or hqq"):
         lowbit.compress(net, "gptq")
+
+
+def test_a_rule_that_matches_no_layer_is_said(ids):
+    with pytest.raises(RecipeError, match=r"no layer matches '\*\.typo'.*down_proj"):
+        walk(tiny.model("llama"), ids, layers=[{"match": "*.typo", "format": "float"}])

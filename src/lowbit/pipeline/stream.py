@@ -7,6 +7,7 @@ finished piece goes to a store, so that a killed run goes on from the last finis
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -68,12 +69,18 @@ class Walk:
     # -- before anything runs
 
     def check_shapes(self) -> None:
-        """Every layer's format must fit its shape; said before any work is done."""
+        """Every layer's format must fit its shape, every rule match a layer; said before any work is done."""
+        names = []
         for i, block in enumerate(self.blocks):
             for name, layer in linear_layers(block).items():
-                full, fmt = f"{self.prefix}.{i}.{name}", self.recipe.format_for(f"{self.prefix}.{i}.{name}")
+                full = f"{self.prefix}.{i}.{name}"
+                names.append(full)
+                fmt = self.recipe.format_for(full)
                 if fmt is not None:
                     _fits(full, fmt, tuple(layer_matrix(layer).shape))
+        for rule in self.recipe.layers:
+            if not any(fnmatchcase(n, rule.match) for n in names):
+                raise RecipeError(f"no layer matches {rule.match!r}. Layers are called e.g. {names[-1]}.")
 
     def plan(self, start_bytes: int, ceiling: "int | None" = None) -> Plan:
         """The estimate of memory and time. Raises MemoryPlanError when it exceeds the ceiling."""
