@@ -4,7 +4,6 @@ A command file has a docstring (its first line is the short help), `ORDER` (its 
 function. Nothing here imports torch or transformers before a command needs it, so that `lowbit --help` answers at once.
 """
 
-import os
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Annotated, Any
@@ -52,12 +51,7 @@ def commands() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point of `lowbit`.
-
-    torch's threads sleep while they wait, unless OMP_WAIT_POLICY is set: beside other work on the same cores,
-    threads that spin made `compress` eight times slower.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported
+    """Entry point of `lowbit`."""
     app(prog_name="lowbit")
 
 
