@@ -82,8 +82,20 @@ struct Row {
   Fn fn;
 };
 
-enum : uint32_t { kAvx2 = 1 };  // AVX2 + FMA, and an OS that saves the wide registers
+enum : uint32_t {
+  kAvx2 = 1,       // AVX2 + FMA, and an OS that saves the wide registers
+  kAvx512 = 2,     // AVX-512 F, BW, DQ, VL, and an OS that saves these
+  kVnni = 4,       // AVX-512 VNNI
+  kVpopcnt = 8,    // AVX-512 VPOPCNTDQ
+  kVbmi = 16,      // AVX-512 VBMI
+};
 uint32_t cpu_features();
+
+// LOWBIT_ISA names the best instruction set that may be used ("avx512", "avx2", "scalar"); an operation without a row
+// of that name, or whose row needs more than this CPU has, takes its next one. Returns the rank (0 is best, "" too);
+// throws std::invalid_argument for a name that is unknown or that this CPU cannot run.
+int isa_rank(const std::string& isa, const char* op);
+int rank_of(const std::string& isa);  // of a known name
 
 template <class Fn>
 struct Table {
@@ -96,19 +108,15 @@ extern const Table<LinearFloatFn> kLinearFloat;
 extern const Table<QuantizeFn> kQuantize;
 extern const Table<LinearInt8Fn> kLinearInt8;
 
-// The first row this CPU can run, or the row named by `force` (LOWBIT_ISA).
+// The first row this CPU can run and that `force` (LOWBIT_ISA) allows.
 template <class Fn>
 const Row<Fn>& pick(const Table<Fn>& table, const std::string& force) {
-  std::string can;
+  const int best = isa_rank(force, table.op);
   const uint32_t cpu = cpu_features();
-  for (size_t i = 0; i < table.count; ++i) {
-    const Row<Fn>& row = table.rows[i];
-    if ((row.needs & cpu) != row.needs) continue;
-    if (force.empty() || force == row.isa) return row;
-    can += (can.empty() ? "" : " or ") + std::string("LOWBIT_ISA=") + row.isa;
-  }
-  throw std::invalid_argument("LOWBIT_ISA=" + force + " is unknown or not supported by this CPU for " + table.op +
-                              "; unset it, or type " + can);
+  size_t i = 0;
+  while (i + 1 < table.count && ((table.rows[i].needs & cpu) != table.rows[i].needs || rank_of(table.rows[i].isa) < best))
+    ++i;
+  return table.rows[i];
 }
 
 // The operations, threaded. `force` as in pick(); n_threads <= 1 runs on the caller.

@@ -40,9 +40,14 @@ uint32_t detect() {
   cpuid(1, 0, r);
   const bool fma = r[2] >> 12 & 1, osxsave = r[2] >> 27 & 1, avx = r[2] >> 28 & 1;
   if (!fma || !osxsave || !avx) return 0;
-  if ((xcr0() & 6) != 6) return 0;  // the OS must save XMM and YMM state
+  const uint64_t saved = xcr0();
+  if ((saved & 6) != 6) return 0;  // the OS must save XMM and YMM state
   cpuid(7, 0, r);
-  return (r[1] >> 5 & 1) ? static_cast<uint32_t>(kAvx2) : 0;
+  const uint32_t b = r[1], c = r[2];
+  if (!(b >> 5 & 1)) return 0;
+  const bool f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
+  if ((saved & 0xe0) != 0xe0 || !f || !dq || !bw || !vl) return kAvx2;  // and the mask and ZMM state
+  return kAvx2 | kAvx512 | (c >> 11 & 1) * kVnni | (c >> 14 & 1) * kVpopcnt | (c >> 1 & 1) * kVbmi;
 }
 #else
 uint32_t detect() { return 0; }
@@ -59,6 +64,12 @@ const Row<LinearFloatFn> kLinearFloatRows[] = {LOWBIT_ROWS(linear_float)};
 const Row<QuantizeFn> kQuantizeRows[] = {LOWBIT_ROWS(quantize)};
 const Row<LinearInt8Fn> kLinearInt8Rows[] = {LOWBIT_ROWS(linear_int8)};
 
+struct Isa {
+  const char* name;
+  uint32_t needs;
+};
+constexpr Isa kIsas[] = {{"avx512", kAvx2 | kAvx512}, {"avx2", kAvx2}, {"scalar", 0}};  // best first
+
 template <class Fn, size_t N>
 constexpr Table<Fn> make(const char* op, const Row<Fn> (&rows)[N]) {
   return {op, rows, N};
@@ -69,6 +80,24 @@ constexpr Table<Fn> make(const char* op, const Row<Fn> (&rows)[N]) {
 uint32_t cpu_features() {
   static const uint32_t features = detect();
   return features;
+}
+
+int rank_of(const std::string& isa) {
+  int rank = 0;
+  while (isa != kIsas[rank].name) ++rank;
+  return rank;
+}
+
+int isa_rank(const std::string& isa, const char* op) {
+  std::string can;
+  for (const Isa& known : kIsas) {
+    if ((known.needs & cpu_features()) != known.needs) continue;
+    if (isa.empty()) return 0;
+    if (isa == known.name) return rank_of(isa);
+    can += (can.empty() ? "" : " or ") + std::string("LOWBIT_ISA=") + known.name;
+  }
+  throw std::invalid_argument("LOWBIT_ISA=" + isa + " is unknown or not supported by this CPU for " + op +
+                              "; unset it, or type " + can);
 }
 
 const Table<DecodeFn> kDecode = make("decode", kDecodeRows);

@@ -25,6 +25,7 @@ from lowbit.formats import pack_bits
 
 OPS = ("decode", "embedding", "linear_float", "quantize", "linear_int8")
 FAMILIES = {"table16": (1, 2, 3, 4), "table256": (5, 6, 7, 8)}  # format family -> bits per code
+ISAS = ("avx512", "avx2", "scalar")  # best first
 _TABLE_OF = {"embedding": "decode"}  # an embedding decodes the rows it is asked for
 
 
@@ -33,8 +34,9 @@ def rows() -> list[dict[str, Any]]:
 
     Raises KernelError where the extension is missing or LOWBIT_ISA names no row of this CPU.
     """
-    active, out = _pick(_forced()), []
+    force, out = _pick(_forced()), []
     for op in OPS:
+        active = _row_of(op, force)
         for name, isa, supported in _extension().table():
             if name == _TABLE_OF.get(op, op):
                 for family in FAMILIES:
@@ -44,7 +46,9 @@ def rows() -> list[dict[str, Any]]:
 
 
 def active_isa() -> str:
-    """Name of the rows that run, "avx2" or "scalar", checked at first use.
+    """Name of the best rows that run, "avx512", "avx2" or "scalar", checked at first use.
+
+    An operation without a row of that name runs its next one.
 
     Raises KernelError as `rows`, and where a row fails its check.
     """
@@ -151,12 +155,16 @@ def _call(fn: Callable, *args: Any) -> Any:
 
 @cache
 def _pick(force: str) -> str:
+    """The best instruction set that any operation uses under LOWBIT_ISA=force."""
     try:
-        picked = {_extension().pick(_TABLE_OF.get(op, op), force) for op in OPS}
+        picked = {_row_of(op, force) for op in OPS}
     except ValueError as e:
         raise KernelError(str(e)) from e
-    assert len(picked) == 1, "the operations have the same rows"
-    return picked.pop()
+    return min(picked, key=ISAS.index)
+
+
+def _row_of(op: str, force: str) -> str:
+    return _extension().pick(_TABLE_OF.get(op, op), force)
 
 
 @cache
