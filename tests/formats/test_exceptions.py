@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError, ShapeError
-from lowbit.formats import Format, QuantizedTensor, quantize, split_quantize, with_exceptions
+from lowbit.formats import Blocks, Format, Grid, QuantizedTensor, quantize, split_quantize, with_exceptions, with_part
 from lowbit.formats.masks import CODECS
 
 DENSE = [
@@ -93,6 +93,9 @@ def test_dense_codes_at_masked_places_are_the_nearest_to_zero(text: str) -> None
         "nf4-tensor-bf16",
         "kmeans2-channel",
         "kmeans3-tensor",
+        "kmeans2-g8",
+        "kmeans2-channel-shared",
+        "uint3-g16-zreal",
         "int3-channel-lstsq",
         "int4-channel-double",
         "fp4_e2m1-channel-e8m0",
@@ -106,7 +109,11 @@ def test_coded_exceptions_are_the_codes_of_their_row(text: str) -> None:
     if fmt.blocks.rows == -1:
         expected = quantize(w[mask][None], fmt).dequantize()[0]
         assert torch.allclose(found[mask], expected, rtol=1e-6)
-    elif fmt.scale_dtype != "double":
+    elif fmt.blocks.cols != -1:
+        for row, m, f in zip(w.reshape(-1, size := fmt.blocks.cols), mask.reshape(-1, size), found.reshape(-1, size)):
+            if m.any():
+                assert torch.allclose(f[m], quantize(row[m][None], fmt.with_(blocks=Blocks(1, -1))).dequantize()[0])
+    elif fmt.scale_dtype != "double" and fmt.scale_rule != "shared":
         for row, m, f in zip(w, mask, found):
             if m.any():
                 assert torch.allclose(f[m], quantize(row[m][None], fmt).dequantize()[0], rtol=1e-6)
@@ -166,8 +173,44 @@ def test_wrong_requests() -> None:
     with pytest.raises(FormatError, match="unknown exceptions 'raw'"):
         split_quantize(w, mask, fmt, "raw")
     with pytest.raises(FormatError, match="use int4-channel or -tensor"):
-        split_quantize(w, mask, fmt, Format.parse("int4-g8"))
+        split_quantize(w, mask, fmt, Format.parse("int4-tile2x8"))
     with pytest.raises(FormatError, match="does not fit raw_fp16: use raw_bf16"):
         split_quantize(torch.where(mask, 1e6, w), mask, fmt)
     with pytest.raises(FormatError, match="NaN or infinite"):
         split_quantize(torch.where(mask, torch.nan, w), mask, fmt)
+
+
+@pytest.mark.parametrize("text", ["kmeans2-channel", "kmeans2-g16", "uint2-channel-zreal", "kmeans2-channel-shared"])
+def test_codes_among_the_dense_ones_cost_a_mask_and_a_grid_only(text: str) -> None:
+    w, mask = outliers()
+    fmt = Format.parse(text)
+    apart = split_quantize(w, mask, fmt, fmt, "gap")
+    codes = apart.part_codes()
+    codes[mask] = apart.part_codes(1)
+    dense = QuantizedTensor.from_codes(codes, apart.grid(), fmt)
+    inside = with_part(dense, mask, fmt, apart.grid(1), codec="gap")
+    assert torch.equal(inside.part_codes(1), apart.part_codes(1))
+    assert torch.equal(reread(inside).dequantize(), apart.dequantize())
+    assert inside.nbytes == apart.nbytes - apart.tensors()["part1_codes"].numel()
+    assert inside.meta()["parts"][1]["codes"] == "dense"
+
+
+def test_codes_that_cannot_stand_among_the_dense_ones_are_refused() -> None:
+    w, mask = outliers()
+    dense = quantize(w, Format.parse("uint2-g16"))
+    for text in ("uint3-channel", "ternary-channel"):
+        qt = with_part(dense, mask, Format.parse(text), Grid(torch.ones(6, 1), torch.zeros(6, 1)))
+        with pytest.raises(FormatError, match="cannot keep its codes among"):
+            reread(qt)
+    first = {"shape": [6, 32], "parts": [dense.meta()["parts"][0] | {"codes": "dense"}]}
+    with pytest.raises(FormatError, match="cannot keep its codes"):
+        QuantizedTensor.from_tensors(first, dense.tensors())
+
+
+def test_a_mask_of_columns_costs_one_bit_a_column() -> None:
+    w, columns = torch.randn(8, 32), torch.rand(32) < 0.3
+    qt = split_quantize(w, columns.expand(8, -1), Format.parse("int2-g16"), "raw_fp32")
+    assert qt.tensors()["part1_mask"].numel() == 4 and qt.meta()["parts"][1]["mask"]["codec"] == "columns"
+    assert torch.equal(reread(qt).dequantize()[:, columns], w[:, columns])
+    with pytest.raises(FormatError, match="rows of this mask differ"):
+        split_quantize(w, w > 1, Format.parse("int2-g16"), "raw_fp32", "columns")

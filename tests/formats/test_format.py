@@ -17,7 +17,7 @@ sides = st.one_of(st.just(-1), st.integers(1, 300))
 @given(
     st.sampled_from([*LEVEL_SET_NAMES, "pot3_s2", "pot4nz_s4"]),
     st.builds(Blocks, sides, sides),
-    st.sampled_from(["", "kmeans", *RULES]),
+    st.sampled_from(["", "kmeans", "shared", *RULES]),
     st.sampled_from(SCALE_DTYPES),
     st.sampled_from(["", *ZEROS]),
     st.sampled_from(ROUNDINGS),
@@ -85,8 +85,9 @@ def test_blocks_have_names(blocks: Blocks, text: str) -> None:
         ("uint4-absmax", "'absmax' finds no int zero"),
         ("uint4-mean", "'mean' finds no int zero"),
         ("int4-zreal-mx", "'mx' finds no real zero"),
-        ("kmeans4-absmax", "go together"),
-        ("kmeans4-g64", "per row or per tensor"),
+        ("kmeans4-absmax", "go with the rule"),
+        ("kmeans4-shared-zreal", "without a zero"),
+        ("int4-shared", "go with the rule"),
         ("kmeans4-fp32", "k-means has no scales"),
     ],
 )

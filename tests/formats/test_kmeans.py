@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowbit.errors import FormatError
-from lowbit.formats import Format, kmeans_table, quantize
+from lowbit.formats import Format, fit, kmeans_table, quantize
 
 
 def best_error(x: list[float], h: list[float], k: int) -> float:
@@ -111,3 +111,34 @@ def test_in_a_quantized_tensor() -> None:
         assert all(len(row.unique()) <= 8 for row in qt.dequantize())
     weighted = quantize(w, Format.parse("kmeans2-channel"), importance=torch.rand(6, 64) ** 6)
     assert not torch.equal(weighted.dequantize(), quantize(w, Format.parse("kmeans2-channel")).dequantize())
+
+
+def test_one_table_for_all_blocks_finds_the_planted_levels_and_scales() -> None:
+    levels, scales = torch.tensor([-3.0, -1.0, 0.5, 2.0]), 2.0 ** torch.randint(-4, 5, (40, 1))
+    w = scales * levels[torch.randint(0, 4, (40, 64))]
+    grid = fit(w, Format.parse("kmeans2-g64-shared"))
+    assert grid.table is not None and grid.table.shape == (4,)
+    ratio = grid.table / levels
+    assert torch.allclose(ratio, ratio[:1].expand(4), rtol=2e-3)  # up to one factor, which the scales take
+    assert torch.allclose(grid.scale * ratio[0], scales, rtol=4e-3)
+
+
+def test_a_shared_table_with_scales_beats_uniform_levels_of_a_normal_distribution() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(256, 256) * torch.rand(256, 1)
+    error = {
+        f: float((quantize(w, Format.parse(f)).dequantize() - w).square().mean())
+        for f in ("int2-g128-lstsq", "kmeans2-g128-shared")
+    }
+    assert error["kmeans2-g128-shared"] < 0.83 * error["int2-g128-lstsq"]
+
+
+def test_a_shared_table_ignores_weights_of_importance_zero_and_zero_blocks() -> None:
+    w, h = torch.randn(8, 16), torch.ones(8, 16)
+    w[0], h[:, 3] = 0, 0
+    fmt = Format.parse("kmeans2-g16-shared")
+    changed = w.clone()
+    changed[1:, 3] += 50
+    one, other = fit(w, fmt, h), fit(changed, fmt, h)
+    assert torch.equal(one.scale, other.scale) and torch.equal(one.table, other.table)
+    assert float(one.scale[0]) == 0

@@ -13,7 +13,15 @@ from lowbit.formats.levels import LEVEL_SET_NAMES
 
 SAMPLES = [
     *("int4-g8", "uint4-g8", "uint3-g8-zreal", "int8-channel", "binary-channel", "ternary-tensor", "nf4-g8-fp32"),
-    *("kmeans3-channel", "kmeans2-tensor", "uint4-g8-double", "int4-g8-bf16", "int5-tile2x8", "fp4_e2m1-g8-e8m0-mx"),
+    *(
+        "kmeans3-channel",
+        "kmeans2-tensor",
+        "kmeans3-g8-shared",
+        "uint4-g8-double",
+        "int4-g8-bf16",
+        "int5-tile2x8",
+        "fp4_e2m1-g8-e8m0-mx",
+    ),
 ]
 
 
@@ -141,6 +149,9 @@ def test_stochastic_quantization_is_seeded() -> None:
         ("int7-tensor", (8, 64), 7 + 16 / 512),
         ("int4-tile4x32", (8, 64), 4 + 16 / 128),
         ("kmeans2-channel", (8, 4096), 2 + 4 * 16 / 4096),
+        ("kmeans2-g128", (8, 1024), 2 + 4 * 16 / 128),
+        ("kmeans2-g64-shared", (64, 1024), 2 + 16 / 64 + 4 * 16 / 2**16),
+        ("kmeans3-g32-shared-double", (64, 1024), 3 + 8 / 32 + 32 / 8192 + 8 * 16 / 2**16),
         ("int3-channel", (1, 3), 8 * (2 + 2) / 3),  # nine bits take two bytes
     ],
 )

@@ -1,7 +1,7 @@
 """Formats: level sets, blocks, scale rules, mask codecs, packing, and the quantized tensor that counts its own bits."""
 
 from lowbit.formats.blocks import Blocks
-from lowbit.formats.exceptions import split_quantize, with_exceptions
+from lowbit.formats.exceptions import split_quantize, with_exceptions, with_part
 from lowbit.formats.format import Format, Grid, decode, encode, fit
 from lowbit.formats.kmeans import kmeans_table
 from lowbit.formats.levels import LevelSet, levels
@@ -30,4 +30,5 @@ __all__ = [
     "tensor_specs",
     "unpack_bits",
     "with_exceptions",
+    "with_part",
 ]

@@ -3,8 +3,9 @@
     w_hat = exceptions at the masked places, dense part elsewhere
 
 Outliers stretch the range of a low-bit grid; taking them out costs the index of their places (see `masks`) and their
-own codes. They are plain 16- or 32-bit numbers ("raw_fp16"), or codes of any format whose scales are per row or per
-tensor; a row has as many exceptions as it has.
+own codes. They are plain 16- or 32-bit numbers ("raw_fp16"), or codes of any format whose scales are per row, per
+group or per tensor; a row has as many exceptions as it has. `with_part` takes codes and grid that a solver has found;
+codes as wide as the dense ones may stand among those (ICQuant: a second grid of the same bits costs no codes).
 
 Sources: Dettmers 2023 (SpQR, arXiv:2306.03078) for outliers in 16 bits; Li 2025 (ICQuant, arXiv:2505.00850) for a
 second grid.
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError, ShapeError
-from lowbit.formats.format import CHANNEL, TENSOR, Format, encode, fit
+from lowbit.formats.format import TENSOR, Format, Grid, encode, fit
 from lowbit.formats.masks import encode_mask
 from lowbit.formats.packing import pack
 from lowbit.formats.tensor import (
     RAW_DTYPES,
     Part,
     QuantizedTensor,
+    block_of_each,
     float_matrix,
     importance_matrix,
     matrix_shape,
@@ -74,11 +76,7 @@ def with_exceptions(
     Raises FormatError where the mask overlaps an earlier part.
     """
     _same_shape(w, mask)
-    if tuple(w.shape) != qt.shape:
-        raise ShapeError(f"the weight is {tuple(w.shape)}, the quantized tensor {qt.shape}.")
-    places = mask.reshape(qt.matrix_shape)
-    if any(bool((qt.mask(i) & places).any()) for i in range(1, len(qt.parts))):
-        raise FormatError("the mask overlaps an earlier part's: parts are disjoint.")
+    places = _places(qt, mask)
     meta, tensors = encode_mask(places, codec)
     matrix = float_matrix(w)
     if isinstance(exceptions, str):
@@ -87,6 +85,41 @@ def with_exceptions(
         weights = None if importance is None else importance_matrix(importance, w)
         tensors |= _coded(matrix, places, exceptions, weights, generator)
     return QuantizedTensor(qt.shape, (*qt.parts, Part(exceptions, tensors, meta)))
+
+
+def with_part(
+    qt: QuantizedTensor,
+    mask: Tensor,
+    fmt: "Format | str",
+    grid: "Grid | None",
+    values: "Tensor | None" = None,
+    codec: str = "auto",
+) -> QuantizedTensor:
+    """`qt` with one part more, of which a solver has found everything.
+
+    mask: (out, in) bool; grid: of every block of fmt, None where fmt is a raw dtype's name; values: (count,) codes
+    (uint8) or raw numbers in row-major order, or None for codes that stand among the dense part's. Raises FormatError
+    where the mask overlaps an earlier part.
+    """
+    places = _places(qt, mask)
+    meta, tensors = encode_mask(places, codec)
+    if isinstance(fmt, str) or grid is None:
+        assert isinstance(fmt, str) and values is not None
+        return QuantizedTensor(qt.shape, (*qt.parts, Part(fmt, tensors | {"values": _raw(values, fmt)}, meta)))
+    if values is not None:
+        tensors["codes"] = pack(values, fmt.levels.bits, fmt.levels.packing)
+    part = Part(fmt, tensors | stored_grid(grid, fmt, fmt.blocks.grid(*qt.matrix_shape)), meta)
+    return QuantizedTensor(qt.shape, (*qt.parts, part))
+
+
+def _places(qt: QuantizedTensor, mask: Tensor) -> Tensor:
+    """The mask as (out, in). Raises ShapeError where it is of another size, FormatError where it overlaps a part."""
+    if mask.numel() != qt.numel or len(mask) != qt.shape[0]:
+        raise ShapeError(f"the mask is {tuple(mask.shape)}, the quantized tensor {qt.shape}.")
+    places = mask.reshape(qt.matrix_shape)
+    if any(bool((qt.mask(i) & places).any()) for i in range(1, len(qt.parts))):
+        raise FormatError("the mask overlaps an earlier part's: parts are disjoint.")
+    return places
 
 
 def _raw(values: Tensor, name: str) -> Tensor:
@@ -104,10 +137,12 @@ def _coded(
     matrix: Tensor, places: Tensor, fmt: Format, importance: "Tensor | None", generator: "torch.Generator | None"
 ) -> dict[str, Tensor]:
     """Codes in row-major order, and scales. Rows are padded with weights of importance 0, which no rule sees."""
-    if fmt.blocks not in (CHANNEL, TENSOR):
-        raise FormatError(f"exceptions share scales per row or per tensor: use {fmt.levels.name}-channel or -tensor.")
-    rows_cols = fmt.blocks.grid(*matrix.shape)
-    counts = (places.sum(1) if fmt.blocks == CHANNEL else places.sum().reshape(1))[: rows_cols[0] * rows_cols[1]]
+    if fmt.blocks.rows != 1 and fmt.blocks != TENSOR:
+        raise FormatError(
+            f"exceptions share scales per row, group or tensor: use {fmt.levels.name}-channel or -tensor."
+        )
+    rows_cols = fmt.blocks.grid(*matrix.shape)  # places in row-major order are in the order of these blocks
+    counts = block_of_each(places, fmt).bincount(minlength=rows_cols[0] * rows_cols[1])
     width = int(counts.max()) if counts.numel() else 0
     here = torch.arange(width, device=matrix.device) < counts[:, None]  # (rows, width): one True per exception
     w = matrix.new_zeros(here.shape).masked_scatter(here, matrix[places])

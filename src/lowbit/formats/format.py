@@ -6,6 +6,7 @@
     fp4_e2m1-g32-e8m0-mx MXFP4 (also spelled "mxfp4")
     uint3-g64-zreal-search   real-valued zero, searched range
     kmeans3-channel      eight levels a row, found by weighted k-means
+    kmeans2-g64-shared   four levels for the whole tensor, an fp16 scale for every group of 64
 
 A format's string is its name in files and on the command line; `Format.parse(str(f)) == f`.
 """
@@ -20,11 +21,12 @@ from torch import Tensor
 from lowbit.errors import FormatError, near_names
 from lowbit.formats import scales
 from lowbit.formats.blocks import Blocks
-from lowbit.formats.kmeans import kmeans_table
+from lowbit.formats.kmeans import kmeans_table, shared_table
 from lowbit.formats.levels import ROUNDINGS, LevelSet, levels
 from lowbit.formats.stores import SCALE_DTYPES, double_scale
 
 ZEROS = ("none", "int", "real")
+TABLE_RULES = ("kmeans", "shared")
 ALIASES = {
     "mxfp4": "fp4_e2m1-g32-e8m0-mx",
     "mxfp6_e2m3": "fp6_e2m3-g32-e8m0-mx",
@@ -36,7 +38,10 @@ ALIASES = {
 
 
 class Grid(NamedTuple):
-    """What `fit` found: scale (blocks, 1); zero (blocks, 1) or None; table (blocks, L) for k-means, else None."""
+    """What `fit` found: scale (blocks, 1); zero (blocks, 1) or None; for k-means a table, else None.
+
+    The table is (blocks, L), or (L,) where the blocks share it: what follows then leaves it as it is.
+    """
 
     scale: Tensor
     zero: "Tensor | None" = None
@@ -53,13 +58,15 @@ class Grid(NamedTuple):
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Grid":
         """The grid of fn(member), for the members that are there."""
         scale, zero, table = self
-        return Grid(fn(scale), None if zero is None else fn(zero), None if table is None else fn(table))
+        if table is not None and table.ndim > 1:
+            table = fn(table)
+        return Grid(fn(scale), None if zero is None else fn(zero), table)
 
     def where(self, condition: Tensor, other: "Grid") -> "Grid":
         """This grid's blocks where condition (blocks, 1) holds, else those of `other`, which has the same members."""
 
         def chosen(a: "Tensor | None", b: "Tensor | None") -> "Tensor | None":
-            return None if a is None or b is None else torch.where(condition, a, b)
+            return a if a is None or b is None or a.ndim == 1 else torch.where(condition, a, b)
 
         scale = torch.where(condition, self.scale, other.scale)
         return Grid(scale, chosen(self.zero, other.zero), chosen(self.table, other.table))
@@ -90,7 +97,7 @@ class Format:
         object.__setattr__(self, "zero", self.zero or defaults["zero"])
         object.__setattr__(self, "scale_rule", self.scale_rule or self._default_rule(defaults["rule"]))
         for value, known, what in (
-            (self.scale_rule, (*scales.RULES, "kmeans"), "scale rule"),
+            (self.scale_rule, (*scales.RULES, *TABLE_RULES), "scale rule"),
             (self.scale_dtype, SCALE_DTYPES, "scale dtype"),
             (self.zero, ZEROS, "zero"),
             (self.rounding, ROUNDINGS, "rounding"),
@@ -106,16 +113,15 @@ class Format:
 
     def _check_sense(self) -> None:
         name, rule = self.levels.name, self.scale_rule
-        if (self.levels.values == ()) != (rule == "kmeans"):
+        if (self.levels.values == ()) != (rule in TABLE_RULES):
             raise FormatError(
-                "k-means levels and the rule 'kmeans' go together: kmeans1 .. kmeans8 need no rule named."
+                "k-means levels go with the rule 'kmeans' (a table for each block), which need not be named, "
+                "or 'shared' (one table, scales for the blocks)."
             )
-        if rule == "kmeans":
-            if self.blocks not in (CHANNEL, TENSOR) or self.zero != "none":
-                raise FormatError(
-                    f"{name}: k-means tables are per row or per tensor, without a zero: channel or tensor."
-                )
-            if self.scale_dtype != "fp16":
+        if rule in TABLE_RULES:
+            if self.zero != "none":
+                raise FormatError(f"{name}: k-means tables stand without a zero: leave z{self.zero} out.")
+            if rule == "kmeans" and self.scale_dtype != "fp16":
                 raise FormatError(
                     f"{name}: k-means has no scales, and its table is fp16: leave {self.scale_dtype} out."
                 )
@@ -164,7 +170,7 @@ class Format:
     def overhead_words(self) -> str:
         """For a summary: what is stored beside the codes."""
         zero = {"none": "", "int": f" + {self.levels.bits}-bit zero", "real": " + fp16 zero"}[self.zero]
-        return "table" if not self.levels.values else f"{self.scale_dtype} scale{zero}"
+        return "table" if self.scale_rule == "kmeans" else f"{self.scale_dtype} scale{zero}"
 
 
 def fit(w: Tensor, fmt: Format, importance: "Tensor | None" = None) -> Grid:
@@ -173,13 +179,17 @@ def fit(w: Tensor, fmt: Format, importance: "Tensor | None" = None) -> Grid:
     w: (blocks, n) float32, e.g. from `fmt.blocks.split`
     importance: same shape, non-negative, or None. It weighs the errors where a rule has any, and every rule leaves out
         weights of importance 0. In a block whose importance is all 0 it counts as all 1.
-    With scale_dtype "double" pass all blocks of the tensor at once: neighbouring scales share a step.
+    With scale_dtype "double" and with the rule "shared" pass all blocks of the tensor at once: they have something in
+    common.
     """
     if importance is not None:
         importance = importance.where((importance > 0).any(1, keepdim=True), torch.ones_like(importance))
     if fmt.scale_rule == "kmeans":
         table = kmeans_table(w, 2**fmt.levels.bits, importance)
         return Grid(torch.ones(w.shape[0], 1, dtype=torch.float32, device=w.device), None, table)
+    if fmt.scale_rule == "shared":
+        scale, table = shared_table(w, 2**fmt.levels.bits, importance, lambda s: _stored(s, fmt))
+        return Grid(scale, None, table)
     if w.numel() == 0:
         return Grid(w.new_zeros(w.shape[0], 1), w.new_zeros(w.shape[0], 1) if fmt.zero != "none" else None)
     scale, zero = scales.RULES[fmt.scale_rule](w, fmt, importance)
@@ -189,6 +199,11 @@ def fit(w: Tensor, fmt: Format, importance: "Tensor | None" = None) -> Grid:
     if fmt.zero == "real" and zero is not None:  # keep the offset -zero * scale where it was found
         zero = (zero * scale / torch.where(stored > 0, stored, 1.0)).half().float()
     return Grid(stored, zero)
+
+
+def _stored(scale: Tensor, fmt: Format) -> Tensor:
+    """The scales as the file will give them back."""
+    return double_scale(scale) if fmt.scale_dtype == "double" else scales.round_scale(scale, fmt.scale_dtype)
 
 
 def encode(w: Tensor, grid: Grid, fmt: Format, generator: "torch.Generator | None" = None) -> Tensor:
@@ -211,7 +226,8 @@ def _defaults(level_set: LevelSet) -> dict[str, str]:
 
 def _parse_word(word: str, text: str) -> tuple[str, Any]:
     """The field of Format that a word sets, and its value."""
-    for field, known in (("scale_dtype", SCALE_DTYPES), ("scale_rule", scales.RULES), ("rounding", ROUNDINGS)):
+    rules = (*scales.RULES, "shared")
+    for field, known in (("scale_dtype", SCALE_DTYPES), ("scale_rule", rules), ("rounding", ROUNDINGS)):
         if word in known:
             return field, word
     if word.startswith("z") and word[1:] in ZEROS:
@@ -219,6 +235,6 @@ def _parse_word(word: str, text: str) -> tuple[str, Any]:
     try:
         return "blocks", Blocks.parse(word)
     except FormatError as e:
-        names = ["tensor", "channel", "g64", "tile16x64", *SCALE_DTYPES, *scales.RULES, *ROUNDINGS]
+        names = ["tensor", "channel", "g64", "tile16x64", *SCALE_DTYPES, *rules, *ROUNDINGS]
         names += [f"z{kind}" for kind in ZEROS]
         raise FormatError(f"format {text!r}: word {word!r} is not understood. {near_names(word, names)}") from e

@@ -14,6 +14,8 @@ Dite 1951): between neighbours at a distance d it grows by h**(1/3) d**(2/3). Ev
 Source: Kim 2023 (SqueezeLLM, arXiv:2306.07629) for levels by k-means weighted with importance.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,56 @@ def kmeans_table(w_blocks: Tensor, k: int, importance: "Tensor | None" = None, i
     if float(table.abs().max()) > 65504:
         raise FormatError(f"a level of {float(table.abs().max()):.3g} does not fit the fp16 table of k-means.")
     return table.half().float()
+
+
+def shared_table(
+    w_blocks: Tensor,
+    k: int,
+    importance: "Tensor | None" = None,
+    stored: "Callable[[Tensor], Tensor]" = lambda scale: scale.half().float(),
+    rounds: int = 8,
+) -> tuple[Tensor, Tensor]:
+    """One table for all blocks and a scale for each: w ~ scale * table[code].
+
+    minimise  sum_b sum_i h_bi (w_bi - s_b c_(code))**2   by turns: codes, then s_b = sum h w c / sum h c**2, then the
+    levels (mean of w / s in each cluster, weighted with h s**2). Every turn starts from scales of the root mean square.
+
+    w_blocks, importance: as `kmeans_table`; stored: scales as the file gives them back
+    returns: scale (B, 1), table (k,) float32 as fp16 holds it. A block of zeros has scale 0.
+    """
+    if w_blocks.numel() == 0:
+        return w_blocks.new_zeros(len(w_blocks), 1), w_blocks.new_zeros(k)
+    h = torch.ones_like(w_blocks) if importance is None else importance
+    total = h.sum(1, keepdim=True).clamp(min=1e-30)
+    scale = stored(((h * w_blocks.square()).sum(1, keepdim=True) / total).sqrt())
+    table = _levels_of(w_blocks, h, scale, k)
+    for _ in range(rounds):
+        level = table[_nearest(w_blocks, scale, table)]
+        found = (h * w_blocks * level).sum(1, keepdim=True) / (h * level.square()).sum(1, keepdim=True).clamp(min=1e-30)
+        scale = stored(found.clamp(min=0))
+        table = _moved(w_blocks, h, scale, table)
+    return scale, table
+
+
+def _levels_of(w: Tensor, h: Tensor, scale: Tensor, k: int, sample: int = 1 << 16) -> Tensor:
+    """The k-means levels of w / scale; of an even sample where there are many weights."""
+    x, weight = (w / scale.clamp(min=1e-30)).reshape(1, -1), (h * scale.square()).reshape(1, -1)
+    step = max(x.shape[1] // sample, 1)
+    step += 1 - step % 2  # an odd step does not fall in with groups
+    return kmeans_table(x[:, ::step].contiguous(), k, weight[:, ::step].contiguous())[0]
+
+
+def _nearest(w: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+    return torch.searchsorted((table[1:] + table[:-1]) / 2, w / scale.clamp(min=1e-30))
+
+
+def _moved(w: Tensor, h: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+    """Each level at the mean of its cluster, weighted with h scale**2; an empty cluster's level stays."""
+    codes = _nearest(w, scale, table).reshape(-1)
+    weight = torch.zeros(len(table), dtype=torch.float64, device=w.device)
+    first = weight.index_add(0, codes, (h * scale * w).reshape(-1).double())
+    weight = weight.index_add(0, codes, (h * scale.square()).expand_as(w).reshape(-1).double())
+    return torch.where(weight > 0, first / weight.clamp(min=_TINY), table.double()).sort().values.half().float()
 
 
 def _sorted(w: Tensor, importance: "Tensor | None") -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@
     csr      column of each place (16 bits, or 32 where a row is longer than 65536) and a 32-bit pointer a row
     gap      per row the gaps d = i_k - i_(k-1), i_0 = -1, in codes of b bits: 1 .. m = 2**b - 1 is a gap,
              0 means "advance m places, nothing here, read on"; and the number of codes of each row
+    columns  one bit a column: for masks that are the same in every row
 
 A gap d takes 1 + (d - 1) // m codes. For places spread evenly with density g they cost at most
 
@@ -24,8 +25,8 @@ from torch import Tensor
 from lowbit.errors import FormatError, near_names
 from lowbit.formats.packing import pack_bits, packed_bytes, unpack_bits
 
-CODECS = ("bitmap", "csr", "gap")
-_FIELDS = {"bitmap": (), "csr": (), "gap": ("bits", "codes", "row_bits", "row_min")}
+CODECS = ("bitmap", "csr", "gap")  # those that take any mask
+_FIELDS = {"columns": (), "bitmap": (), "csr": (), "gap": ("bits", "codes", "row_bits", "row_min")}
 MaskSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -35,7 +36,7 @@ def encode_mask(
     """Store a mask.
 
     mask:     (out, in) bool
-    codec:    "bitmap", "csr", "gap", or "auto" for the smallest
+    codec:    "bitmap", "csr", "gap", "columns", or "auto" for the smallest
     gap_bits: 1 .. 8 for "gap"; None takes the best
     returns:  (meta for JSON, tensors called "mask" or "mask_*")
 
@@ -46,9 +47,13 @@ def encode_mask(
         raise FormatError(f"a mask is an (out, in) bool matrix, not {tuple(mask.shape)} {mask.dtype}.")
     if codec == "auto":
         codec, gap_bits = best_codec(mask)
-    if codec not in CODECS:
-        raise FormatError(f"unknown mask codec {codec!r}. {near_names(codec, ('auto', *CODECS))}")
+    if codec not in _FIELDS:
+        raise FormatError(f"unknown mask codec {codec!r}. {near_names(codec, ('auto', *_FIELDS))}")
     count = int(mask.sum())
+    if codec == "columns":
+        if not _same_in_all_rows(mask):
+            raise FormatError("the rows of this mask differ: use codec auto.")
+        return {"codec": codec, "count": count}, {"mask": pack_bits(mask[:1].to(torch.uint8), 1)}
     if codec == "bitmap":
         return {"codec": codec, "count": count}, {"mask": pack_bits(mask.to(torch.uint8), 1)}
     if codec == "csr":
@@ -59,6 +64,8 @@ def encode_mask(
 
 def best_codec(mask: Tensor) -> "tuple[str, int | None]":
     """(codec, gap bits or None) of the fewest stored bytes; the earlier of `CODECS` wins a tie."""
+    if _same_in_all_rows(mask):
+        return "columns", None
     rows, gaps = _gaps(mask)
     gap_bits = _best_gap_bits(rows, gaps, len(mask))
     sizes = {
@@ -77,6 +84,11 @@ def decode_mask(meta: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[i
             raise FormatError(
                 f"tensor {key!r} of a {meta['codec']} mask is missing or misshapen: it needs {want} {dtype}."
             )
+    if meta["codec"] == "columns":
+        columns = unpack_bits(tensors["mask"], 1, shape[1]).bool()
+        marked = int(columns.sum()) * shape[0]
+        _check(marked == meta["count"], "columns", f"it marks {marked} places, not {meta['count']}")
+        return columns.expand(shape).clone()
     if meta["codec"] == "bitmap":
         mask = unpack_bits(tensors["mask"], 1, shape[0] * shape[1]).bool().reshape(shape)
         _check(int(mask.sum()) == meta["count"], "bitmap", f"it marks {int(mask.sum())} places, not {meta['count']}")
@@ -91,11 +103,11 @@ def mask_specs(meta: dict[str, Any], shape: tuple[int, int]) -> MaskSpecs:
     """Name -> (shape, dtype) of the stored tensors, from the meta alone. Raises FormatError on an impossible meta."""
     out, in_ = shape
     codec = str(meta.get("codec")) if isinstance(meta, dict) else ""
-    if codec not in CODECS or set(meta) != {"codec", "count", *_FIELDS[codec]}:
+    if codec not in _FIELDS or set(meta) != {"codec", "count", *_FIELDS[codec]}:
         raise FormatError(f"a mask's description is damaged: {meta!r}.")
     _whole(meta, "count", 0, out * in_)
-    if codec == "bitmap":
-        return {"mask": ((packed_bytes(out * in_, 1),), torch.uint8)}
+    if codec in ("bitmap", "columns"):
+        return {"mask": ((packed_bytes(out * in_ if codec == "bitmap" else in_, 1),), torch.uint8)}
     if codec == "csr":
         return {"mask_rows": ((out + 1,), torch.int32), "mask_columns": ((meta["count"],), _column_dtype(in_))}
     bits = _whole(meta, "bits", 1, 8)
@@ -106,6 +118,11 @@ def mask_specs(meta: dict[str, Any], shape: tuple[int, int]) -> MaskSpecs:
         "mask_codes": ((packed_bytes(codes, bits),), torch.uint8),
         "mask_rows": ((packed_bytes(out, row_bits),), torch.uint8),
     }
+
+
+def _same_in_all_rows(mask: Tensor) -> bool:
+    """Two rows or more, all alike, and not empty."""
+    return len(mask) > 1 and bool(mask[0].any()) and bool((mask == mask[:1]).all())
 
 
 # ---------------------------------------------------------------- csr

@@ -3,9 +3,10 @@
     w_hat = dense part everywhere, except where a later part's mask says "mine"
 
 The first part covers the whole matrix. Every further part (exceptions: outliers, salient weights) has a mask, stored by
-a mask codec, and values at the masked places in row-major order: codes with scales per tensor or per row, or plain
-fp16, bf16 or fp32 numbers. `tensors()` is exactly what a file holds, so `nbytes` and `bits_per_weight` are counted,
-not estimated.
+a mask codec, and values at the masked places in row-major order: codes with scales per tensor, per row or per group,
+or plain fp16, bf16 or fp32 numbers. A part of as many bits as the dense one may keep its codes in the dense part's,
+where they would else lie idle (`"codes": "dense"`): it then adds a mask and a grid only. `tensors()` is exactly what a
+file holds, so `nbytes` and `bits_per_weight` are counted, not estimated.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError, ShapeError
-from lowbit.formats.format import CHANNEL, TENSOR, Format, Grid, decode, encode, fit
+from lowbit.formats.format import TENSOR, Format, Grid, decode, encode, fit
 from lowbit.formats.masks import decode_mask, mask_specs
 from lowbit.formats.packing import pack, packed_bytes, unpack
 from lowbit.formats.stores import load_scale, scale_specs, store_scale
@@ -33,8 +34,14 @@ class Part:
     tensors: dict[str, Tensor]
     mask: "dict[str, Any] | None" = None
 
+    @property
+    def shares_codes(self) -> bool:
+        """Whether its codes stand among the dense part's."""
+        return isinstance(self.format, Format) and "codes" not in self.tensors
+
     def meta(self) -> dict[str, Any]:
-        return {"format": str(self.format)} | ({} if self.mask is None else {"mask": self.mask})
+        meta = {"format": str(self.format)} | ({} if self.mask is None else {"mask": self.mask})
+        return meta | ({"codes": "dense"} if self.shares_codes else {})
 
 
 @dataclass(frozen=True)
@@ -145,6 +152,8 @@ class QuantizedTensor:
         """Unpacked codes of part i: (out, in) for the dense part, (count,) for exceptions."""
         part = self.parts[i]
         assert isinstance(part.format, Format)
+        if part.shares_codes:
+            return self.part_codes()[self.mask(i)]
         n = self.numel if part.mask is None else part.mask["count"]
         codes = unpack(part.tensors["codes"], part.format.levels.bits, n, part.format.levels.packing)
         return codes if part.mask is not None else codes.reshape(self.matrix_shape)
@@ -154,12 +163,12 @@ class QuantizedTensor:
         part = self.parts[i]
         fmt = part.format
         assert isinstance(fmt, Format)
-        if "table" in part.tensors:
-            table = part.tensors["table"].float()
+        table = part.tensors["table"].float() if "table" in part.tensors else None
+        if table is not None and fmt.scale_rule == "kmeans":
             return Grid(torch.ones(len(table), 1, dtype=torch.float32, device=table.device), None, table)
         scale = load_scale(part.tensors, fmt.scale_dtype).reshape(-1, 1)
         if fmt.zero == "none":
-            return Grid(scale)
+            return Grid(scale, None, None if table is None else table[0])
         zero = part.tensors["zero"]
         zero = unpack(zero, fmt.levels.bits, scale.numel()) if fmt.zero == "int" else zero
         return Grid(scale, zero.reshape(-1, 1).float())
@@ -188,8 +197,7 @@ class QuantizedTensor:
         if isinstance(part.format, str):
             return part.tensors["values"].float()
         grid, codes = self.grid(i), self.part_codes(i)
-        row = mask.nonzero()[:, 0] if part.format.blocks.rows == 1 else torch.zeros_like(codes, dtype=torch.int64)
-        return decode(codes.reshape(-1, 1), grid.take(row), part.format).reshape(-1)
+        return decode(codes.reshape(-1, 1), grid.take(block_of_each(mask, part.format)), part.format).reshape(-1)
 
 
 def quantize(
@@ -237,13 +245,20 @@ def importance_matrix(importance: Tensor, w: Tensor) -> Tensor:
 
 def stored_grid(grid: Grid, fmt: Format, rows_cols: tuple[int, int]) -> dict[str, Tensor]:
     """The tensors of a grid: "table", or "scale" (and what its store adds) and "zero"."""
-    if grid.table is not None:
+    if grid.table is not None and fmt.scale_rule == "kmeans":
         return {"table": grid.table.half()}
     tensors = store_scale(grid.scale.reshape(rows_cols), fmt.scale_dtype)
     if grid.zero is not None:
         zero = grid.zero.reshape(rows_cols)
         tensors["zero"] = pack(zero.to(torch.uint8), fmt.levels.bits) if fmt.zero == "int" else zero.half()
-    return tensors
+    return tensors if grid.table is None else {"table": grid.table.half().reshape(1, -1)} | tensors
+
+
+def block_of_each(mask: Tensor, fmt: Format) -> Tensor:
+    """(count,) int64: the block of a format, row-major, in which each masked place lies."""
+    row, column = mask.nonzero().unbind(1)
+    size, across = fmt.blocks.size(*mask.shape), fmt.blocks.grid(*mask.shape)[1]
+    return torch.div(row, size[0], rounding_mode="floor") * across + torch.div(column, size[1], rounding_mode="floor")
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -264,7 +279,7 @@ def tensor_specs(meta: dict[str, Any]) -> Specs:
     """Name -> (shape, dtype) of every tensor a meta implies, without reading one. Raises FormatError on a bad meta."""
     try:
         shape, parts = tuple(meta["shape"]), list(meta["parts"])
-        if set(meta) != {"shape", "parts"} or any(set(p) - {"format", "mask"} for p in parts):
+        if set(meta) != {"shape", "parts"} or any(set(p) - {"format", "mask", "codes"} for p in parts):
             raise FormatError(f"a tensor's description has unknown fields: {sorted(meta)}.")
         if any(type(s) is not int or s < 0 for s in shape) or prod(max(s, 1) for s in shape) > 2**40:
             raise FormatError(f"impossible shape {shape}.")
@@ -272,6 +287,9 @@ def tensor_specs(meta: dict[str, Any]) -> Specs:
             "format"
         ] in RAW_DTYPES:
             raise FormatError("the first part is dense and coded, every further one has a mask; these are not.")
+        for p in parts:
+            if "codes" in p:
+                _check_shared_codes(p, parts[0])
         return {part_key(i, k): s for i, p in enumerate(parts) for k, s in _part_specs(p, shape).items()}
     except (KeyError, IndexError, TypeError, AttributeError) as e:
         raise FormatError(f"a tensor's description is damaged: {e!r}") from e
@@ -281,6 +299,20 @@ def _parse_part(text: str) -> "Format | str":
     return text if text in RAW_DTYPES else Format.parse(text)
 
 
+def _check_shared_codes(part: dict[str, Any], dense: dict[str, Any]) -> None:
+    """Codes among the dense ones: of the same width, and every code of that width a level in both parts."""
+    widths = {_full_width(p["format"]) for p in (part, dense)}
+    if part["codes"] != "dense" or part is dense or len(widths) > 1 or None in widths:
+        raise FormatError(f"a part of {part['format']} cannot keep its codes among the dense {dense['format']} ones.")
+
+
+def _full_width(text: str) -> "int | None":
+    """The bits of a format in which every code of that width is a level, else None."""
+    fmt = _parse_part(text)
+    whole = isinstance(fmt, Format) and len(fmt.levels.values) in (0, 2**fmt.levels.bits)
+    return fmt.levels.bits if isinstance(fmt, Format) and whole else None
+
+
 def _part_specs(part: dict[str, Any], shape: tuple[int, ...]) -> Specs:
     out, in_ = matrix_shape(shape)
     mask, fmt = part.get("mask"), _parse_part(part["format"])
@@ -288,12 +320,16 @@ def _part_specs(part: dict[str, Any], shape: tuple[int, ...]) -> Specs:
     n = out * in_ if mask is None else mask["count"]
     if isinstance(fmt, str):
         return specs | {"values": ((n,), RAW_DTYPES[fmt])}
-    specs["codes"] = ((packed_bytes(n, fmt.levels.bits, fmt.levels.packing),), torch.uint8)
-    if mask is not None and fmt.blocks not in (CHANNEL, TENSOR):
-        raise FormatError("exceptions share scales per row or per tensor: use blocks channel or tensor.")
+    if "codes" not in part:
+        specs["codes"] = ((packed_bytes(n, fmt.levels.bits, fmt.levels.packing),), torch.uint8)
+    if mask is not None and fmt.blocks.rows != 1 and fmt.blocks != TENSOR:
+        raise FormatError("exceptions share scales per row, per group or per tensor, not per tile.")
     grid = fmt.blocks.grid(out, in_)
     if not fmt.levels.values:
-        return specs | {"table": ((grid[0] * grid[1], 2**fmt.levels.bits), torch.float16)}
+        tables = 1 if fmt.scale_rule == "shared" else grid[0] * grid[1]
+        specs["table"] = ((tables, 2**fmt.levels.bits), torch.float16)
+    if fmt.scale_rule == "kmeans":
+        return specs
     specs |= scale_specs(grid, fmt.scale_dtype)
     if fmt.zero == "int":
         specs["zero"] = ((packed_bytes(grid[0] * grid[1], fmt.levels.bits),), torch.uint8)

@@ -12,7 +12,9 @@ def layer_errors(w: Tensor, w_hat: Tensor, fmt: Format, statistics: "LayerStatis
     """error: relative error of the outputs (of the weights without statistics); error_rtn: the same of plain rounding;
     sensitivity: how much the inputs amplify a unit of relative weight noise, mean(diag H) |W|^2 / tr(W H W^T)."""
     blocks = fmt.blocks.split(w.float())
-    plain_fmt = fmt.with_(scale_rule=Format(fmt.levels, fmt.blocks, zero=fmt.zero).scale_rule)
+    plain_fmt = (
+        fmt if not fmt.levels.values else fmt.with_(scale_rule=Format(fmt.levels, fmt.blocks, zero=fmt.zero).scale_rule)
+    )
     rtn = fmt.blocks.merge(_rounded(blocks, plain_fmt), *w.shape)
     if statistics is None:
         energy = max(float(w.float().square().sum(dtype=torch.float64)), 1e-30)

@@ -4,7 +4,7 @@ One file a method; the folder is the table.
 """
 
 from lowbit.errors import RecipeError, near_names
-from lowbit.solvers._spec import Solution, Spec
+from lowbit.solvers._spec import Exceptions, Solution, Spec
 
 
 def table() -> dict[str, Spec]:
@@ -23,4 +23,4 @@ def find(name: str) -> Spec:
     return methods[name]
 
 
-__all__ = ["Solution", "Spec", "find", "table"]
+__all__ = ["Exceptions", "Solution", "Spec", "find", "table"]

@@ -7,36 +7,71 @@ is cut by rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowbit.formats import Format, Grid, QuantizedTensor, decode
+from lowbit.formats import Format, Grid, QuantizedTensor, decode, with_part
 from lowbit.statistics import LayerStatistics
 
 
 @dataclass(frozen=True)
+class Exceptions:
+    """A further part of a solution: weights in a format of their own.
+
+    mask (out, in) bool; the grid of every block of the format, None where that is a raw dtype's name; values (count,)
+    in row-major order: codes (uint8) or raw numbers, None where the codes stand among the dense ones.
+    """
+
+    mask: Tensor
+    format: "Format | str"
+    grid: "Grid | None" = None
+    values: "Tensor | None" = None
+    codec: str = "auto"
+
+    def rows(self, start: int, stop: int) -> "Exceptions":
+        """Those of rows start to stop; only for formats whose blocks are one row high."""
+        grid = self.grid
+        if grid is not None and isinstance(self.format, Format):
+            across = self.format.blocks.grid(*self.mask.shape)[1]
+            grid = grid.take(slice(start * across, stop * across))
+        before, until = int(self.mask[:start].sum()), int(self.mask[:stop].sum())
+        values = None if self.values is None else self.values[before:until]
+        return replace(self, mask=self.mask[start:stop], grid=grid, values=values)
+
+
+@dataclass(frozen=True)
 class Solution:
-    """codes (out, in) uint8, the grid of its blocks in row-major order, the format, and what the report should know."""
+    """codes (out, in) uint8, the grid of its blocks in row-major order, the format, and what the report should know.
+
+    exceptions: further parts, disjoint; the codes at their places are free, or theirs
+    """
 
     codes: Tensor
     grid: Grid
     format: Format
     notes: dict[str, Any] = field(default_factory=dict)
+    exceptions: tuple[Exceptions, ...] = ()
 
     def rows(self, start: int, stop: int) -> "Solution":
         """The solution of w[start:stop]; only for formats whose blocks are one row high."""
         across = self.format.blocks.grid(*self.codes.shape)[1]
         grid = self.grid.take(slice(start * across, stop * across))
-        return Solution(self.codes[start:stop], grid, self.format, self.notes)
+        exceptions = tuple(e.rows(start, stop) for e in self.exceptions)
+        return Solution(self.codes[start:stop], grid, self.format, self.notes, exceptions)
 
     def quantized(self, shape: "tuple[int, ...] | None" = None) -> QuantizedTensor:
-        return QuantizedTensor.from_codes(self.codes, self.grid, self.format, shape)
+        qt = QuantizedTensor.from_codes(self.codes, self.grid, self.format, shape)
+        for e in self.exceptions:
+            qt = with_part(qt, e.mask, e.format, e.grid, e.values, e.codec)
+        return qt
 
     def w_hat(self) -> Tensor:
         """The dequantized matrix (out, in), float32."""
+        if self.exceptions:
+            return self.quantized().dequantize()
         blocks = self.format.blocks
         return blocks.merge(decode(blocks.split(self.codes), self.grid, self.format), *self.codes.shape)
 
