@@ -8,6 +8,7 @@ from lowbit.formats.levels import LevelSet, levels
 from lowbit.formats.masks import decode_mask, encode_mask, mask_specs
 from lowbit.formats.packing import pack_bits, unpack_bits
 from lowbit.formats.tensor import Part, QuantizedTensor, quantize, tensor_specs
+from lowbit.formats.tiles import from_tiles, put_tiles, quantize_tiles, take_tiles
 
 __all__ = [
     "Blocks",
@@ -21,12 +22,16 @@ __all__ = [
     "encode",
     "encode_mask",
     "fit",
+    "from_tiles",
     "kmeans_table",
     "levels",
     "mask_specs",
     "pack_bits",
+    "put_tiles",
     "quantize",
+    "quantize_tiles",
     "split_quantize",
+    "take_tiles",
     "tensor_specs",
     "unpack_bits",
     "with_exceptions",

@@ -117,7 +117,7 @@ def _places(qt: QuantizedTensor, mask: Tensor) -> Tensor:
     if mask.numel() != qt.numel or len(mask) != qt.shape[0]:
         raise ShapeError(f"the mask is {tuple(mask.shape)}, the quantized tensor {qt.shape}.")
     places = mask.reshape(qt.matrix_shape)
-    if any(bool((qt.mask(i) & places).any()) for i in range(1, len(qt.parts))):
+    if any(bool((qt.mask(i) & places).any()) for i in range(qt.n_base, len(qt.parts))):
         raise FormatError("the mask overlaps an earlier part's: parts are disjoint.")
     return places
 

@@ -5,6 +5,7 @@
     gap      per row the gaps d = i_k - i_(k-1), i_0 = -1, in codes of b bits: 1 .. m = 2**b - 1 is a gap,
              0 means "advance m places, nothing here, read on"; and the number of codes of each row
     columns  one bit a column: for masks that are the same in every row
+    tiles    one bit a tile of rows x cols weights, row-major over the tiles, low bits first (see `tiles`)
 
 A gap d takes 1 + (d - 1) // m codes. For places spread evenly with density g they cost at most
 
@@ -26,7 +27,14 @@ from lowbit.errors import FormatError, near_names
 from lowbit.formats.packing import pack_bits, packed_bytes, unpack_bits
 
 CODECS = ("bitmap", "csr", "gap")  # those that take any mask
-_FIELDS = {"columns": (), "bitmap": (), "csr": (), "gap": ("bits", "codes", "row_bits", "row_min")}
+_FIELDS = {
+    "columns": (),
+    "bitmap": (),
+    "csr": (),
+    "gap": ("bits", "codes", "row_bits", "row_min"),
+    "tiles": ("rows", "cols"),
+}
+TILE_COLS = 8  # a tile's width is a multiple of it: a tile's row of codes starts and ends on a byte
 MaskSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -77,6 +85,25 @@ def best_codec(mask: Tensor) -> "tuple[str, int | None]":
     return codec, gap_bits if codec == "gap" else None
 
 
+def encode_tiles(owned: Tensor, rows: int, cols: int) -> "tuple[dict[str, Any], dict[str, Tensor]]":
+    """Store which tiles of rows x cols weights a part owns; owned: (out / rows, in / cols) bool.
+
+    Raises FormatError where cols is not a multiple of 8.
+    """
+    _check_tile(rows, cols)
+    meta = {"codec": "tiles", "count": int(owned.sum()) * rows * cols, "rows": rows, "cols": cols}
+    return meta, {"mask": pack_bits(owned.to(torch.uint8), 1)}
+
+
+def decode_tiles(meta: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    """(out / rows, in / cols) bool: the tiles a "tiles" mask marks. Raises FormatError on a damaged one."""
+    down, across = shape[0] // meta["rows"], shape[1] // meta["cols"]
+    owned = unpack_bits(tensors["mask"], 1, down * across).bool().reshape(down, across)
+    places = int(owned.sum()) * meta["rows"] * meta["cols"]
+    _check(places == meta["count"], "tiles", f"it marks {places} places, not {meta['count']}")
+    return owned
+
+
 def decode_mask(meta: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, int]) -> Tensor:
     """The (out, in) bool mask. Raises FormatError for stored numbers that `encode_mask` could not have written."""
     for key, (want, dtype) in mask_specs(meta, shape).items():
@@ -93,6 +120,9 @@ def decode_mask(meta: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[i
         mask = unpack_bits(tensors["mask"], 1, shape[0] * shape[1]).bool().reshape(shape)
         _check(int(mask.sum()) == meta["count"], "bitmap", f"it marks {int(mask.sum())} places, not {meta['count']}")
         return mask
+    if meta["codec"] == "tiles":
+        owned = decode_tiles(meta, tensors, shape)
+        return owned.repeat_interleave(meta["rows"], 0).repeat_interleave(meta["cols"], 1)
     rows, columns = (_decode_csr if meta["codec"] == "csr" else _decode_gap)(meta, tensors, shape)
     mask = torch.zeros(shape, dtype=torch.bool, device=rows.device)
     mask[rows, columns] = True
@@ -110,6 +140,8 @@ def mask_specs(meta: dict[str, Any], shape: tuple[int, int]) -> MaskSpecs:
         return {"mask": ((packed_bytes(out * in_ if codec == "bitmap" else in_, 1),), torch.uint8)}
     if codec == "csr":
         return {"mask_rows": ((out + 1,), torch.int32), "mask_columns": ((meta["count"],), _column_dtype(in_))}
+    if codec == "tiles":
+        return {"mask": ((packed_bytes(_tile_count(meta, shape), 1),), torch.uint8)}
     bits = _whole(meta, "bits", 1, 8)
     codes = _whole(meta, "codes", meta["count"], out * in_)
     row_bits = _whole(meta, "row_bits", 0, 32)
@@ -123,6 +155,22 @@ def mask_specs(meta: dict[str, Any], shape: tuple[int, int]) -> MaskSpecs:
 def _same_in_all_rows(mask: Tensor) -> bool:
     """Two rows or more, all alike, and not empty."""
     return len(mask) > 1 and bool(mask[0].any()) and bool((mask == mask[:1]).all())
+
+
+# ---------------------------------------------------------------- tiles
+
+
+def _check_tile(rows: int, cols: int) -> None:
+    if rows < 1 or cols < 1 or cols % TILE_COLS:
+        raise FormatError(f"tiles of {rows} x {cols}: take at least one row, and a multiple of {TILE_COLS} columns.")
+
+
+def _tile_count(meta: dict[str, Any], shape: tuple[int, int]) -> int:
+    rows, cols = (_whole(meta, side, 1, max(n, 1)) for side, n in zip(("rows", "cols"), shape))
+    _check_tile(rows, cols)
+    if shape[0] % rows or shape[1] % cols or meta["count"] % (rows * cols):
+        raise FormatError(f"tiles of {rows} x {cols} do not divide a matrix {shape}, or its count {meta['count']}.")
+    return shape[0] // rows * (shape[1] // cols)
 
 
 # ---------------------------------------------------------------- csr

@@ -5,8 +5,9 @@
 The first part covers the whole matrix. Every further part (exceptions: outliers, salient weights) has a mask, stored by
 a mask codec, and values at the masked places in row-major order: codes with scales per tensor, per row or per group,
 or plain fp16, bf16 or fp32 numbers. A part of as many bits as the dense one may keep its codes in the dense part's,
-where they would else lie idle (`"codes": "dense"`): it then adds a mask and a grid only. `tensors()` is exactly what a
-file holds, so `nbytes` and `bits_per_weight` are counted, not estimated.
+where they would else lie idle (`"codes": "dense"`): it then adds a mask and a grid only. Instead of one dense part,
+several tile parts (mask codec "tiles", see `tiles`) may come first: each owns some tiles of the matrix, with a format
+of its own. `tensors()` is exactly what a file holds, so `nbytes` and `bits_per_weight` are counted, not estimated.
 """
 
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lowbit.errors import FormatError, ShapeError
 from lowbit.formats.format import TENSOR, Format, Grid, decode, encode, fit
-from lowbit.formats.masks import decode_mask, mask_specs
+from lowbit.formats.masks import decode_mask, decode_tiles, mask_specs
 from lowbit.formats.packing import pack, packed_bytes, unpack
 from lowbit.formats.stores import load_scale, scale_specs, store_scale
 
@@ -46,16 +47,31 @@ class Part:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """shape: that of the float weight; parts[0] is dense. Immutable; device of the stored tensors."""
+    """shape: that of the float weight; parts[0] is dense, or the first of the tile parts. Immutable."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...] = field(repr=False)
 
     @property
     def format(self) -> Format:
-        """The dense part's format."""
+        """The dense part's format; that of the first part where there are tiles."""
         assert isinstance(self.parts[0].format, Format)
         return self.parts[0].format
+
+    @property
+    def tiles(self) -> "tuple[int, int] | None":
+        """Rows and columns of a tile where tile parts make up the matrix; None with a dense part."""
+        mask = self.parts[0].mask
+        return None if mask is None else (mask["rows"], mask["cols"])
+
+    @property
+    def n_base(self) -> int:
+        """How many parts come before the exceptions: one dense part, or all tile parts."""
+        return sum(_is_tiles(p.mask) for p in self.parts) or 1
+
+    def base(self) -> "QuantizedTensor":
+        """This tensor without its exceptions."""
+        return QuantizedTensor(self.shape, self.parts[: self.n_base])
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -124,6 +140,7 @@ class QuantizedTensor:
         """
         owned = None
         for i, part in enumerate(self.parts):
+            owned = None if i == self.n_base else owned  # exceptions replace what the parts before them say
             for key, t in part.tensors.items():
                 if t.is_floating_point() and not bool(torch.isfinite(t).all()):
                     raise FormatError(f"tensor {part_key(i, key)!r} holds NaN or infinity.")
@@ -149,14 +166,18 @@ class QuantizedTensor:
                 )
 
     def part_codes(self, i: int = 0) -> Tensor:
-        """Unpacked codes of part i: (out, in) for the dense part, (count,) for exceptions."""
+        """Unpacked codes of part i: (out, in) for the dense part, (count,) for exceptions; for tiles their stack,
+        (tiles * rows, cols).
+        """
         part = self.parts[i]
         assert isinstance(part.format, Format)
         if part.shares_codes:
             return self.part_codes()[self.mask(i)]
         n = self.numel if part.mask is None else part.mask["count"]
         codes = unpack(part.tensors["codes"], part.format.levels.bits, n, part.format.levels.packing)
-        return codes if part.mask is not None else codes.reshape(self.matrix_shape)
+        if part.mask is not None and not _is_tiles(part.mask):
+            return codes
+        return codes.reshape(_coded_shape(part.mask, self.matrix_shape))
 
     def grid(self, i: int = 0) -> Grid:
         """Scale, zero and table of part i, one row per block, as float32."""
@@ -173,8 +194,20 @@ class QuantizedTensor:
         zero = unpack(zero, fmt.levels.bits, scale.numel()) if fmt.zero == "int" else zero
         return Grid(scale, zero.reshape(-1, 1).float())
 
+    def stack(self, i: int) -> "QuantizedTensor":
+        """Part i, the dense one or one of tiles, as a quantized tensor of its own: tiles one below the other."""
+        part = self.parts[i]
+        tensors = {k: t for k, t in part.tensors.items() if k != "mask"}
+        return QuantizedTensor(_coded_shape(part.mask, self.matrix_shape), (Part(part.format, tensors),))
+
+    def owned_tiles(self, i: int) -> Tensor:
+        """(out / rows, in / cols) bool: the tiles part i owns, in the order of its stack."""
+        mask = self.parts[i].mask
+        assert mask is not None
+        return decode_tiles(mask, self.parts[i].tensors, self.matrix_shape)
+
     def mask(self, i: int) -> Tensor:
-        """(out, in) bool: the places part i (i >= 1) owns."""
+        """(out, in) bool: the places part i owns; not of a dense part."""
         part = self.parts[i]
         assert part.mask is not None
         tensors = {k: t for k, t in part.tensors.items() if k.startswith("mask")}
@@ -182,14 +215,28 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight, in its own shape."""
-        out, in_ = self.matrix_shape
-        blocks = self.format.blocks
-        codes = blocks.split(self.part_codes())
-        w_hat = blocks.merge(decode(codes, self.grid(), self.format), out, in_)
-        for i in range(1, len(self.parts)):
+        w_hat = self._tiled() if self.tiles else self._decoded(0)
+        for i in range(self.n_base, len(self.parts)):
             mask = self.mask(i)
             w_hat[mask] = self._exceptions(i, mask)
         return w_hat.reshape(self.shape).to(dtype)
+
+    def _decoded(self, i: int) -> Tensor:
+        """The dense part, or a stack of tiles, as float32."""
+        fmt = self.parts[i].format
+        assert isinstance(fmt, Format)
+        codes = self.part_codes(i)
+        return fmt.blocks.merge(decode(fmt.blocks.split(codes), self.grid(i), fmt), *codes.shape)
+
+    def _tiled(self) -> Tensor:
+        """All tile parts in their places; a tile that nobody owns is 0."""
+        out, in_ = self.matrix_shape
+        rows, cols = self.tiles or (out, in_)
+        device = self.parts[0].tensors["mask"].device
+        w_hat = torch.zeros(out // rows, in_ // cols, rows, cols, dtype=torch.float32, device=device)
+        for i in range(self.n_base):
+            w_hat[self.owned_tiles(i)] = self._decoded(i).reshape(-1, rows, cols)
+        return w_hat.transpose(1, 2).reshape(out, in_)
 
     def _exceptions(self, i: int, mask: Tensor) -> Tensor:
         """The float32 values of part i at its places, in row-major order."""
@@ -283,16 +330,37 @@ def tensor_specs(meta: dict[str, Any]) -> Specs:
             raise FormatError(f"a tensor's description has unknown fields: {sorted(meta)}.")
         if any(type(s) is not int or s < 0 for s in shape) or prod(max(s, 1) for s in shape) > 2**40:
             raise FormatError(f"impossible shape {shape}.")
-        if [p.get("mask") is None for p in parts] != [i == 0 for i in range(len(parts))] or parts[0][
-            "format"
-        ] in RAW_DTYPES:
-            raise FormatError("the first part is dense and coded, every further one has a mask; these are not.")
+        _check_order(parts)
         for p in parts:
             if "codes" in p:
                 _check_shared_codes(p, parts[0])
         return {part_key(i, k): s for i, p in enumerate(parts) for k, s in _part_specs(p, shape).items()}
     except (KeyError, IndexError, TypeError, AttributeError) as e:
         raise FormatError(f"a tensor's description is damaged: {e!r}") from e
+
+
+def _is_tiles(mask: "dict[str, Any] | None") -> bool:
+    return mask is not None and mask.get("codec") == "tiles"
+
+
+def _check_order(parts: list[dict[str, Any]]) -> None:
+    """One dense part or tile parts of one size, coded; then exceptions."""
+    base = [p for p in parts if p.get("mask") is None or _is_tiles(p["mask"])]
+    tiled = parts[0].get("mask") is not None
+    sizes = {(p["mask"]["rows"], p["mask"]["cols"]) for p in base} if tiled else {()}
+    good = (
+        base and base == parts[: len(base)] and len(sizes) == 1 and all(_is_tiles(p.get("mask")) == tiled for p in base)
+    )
+    if not good or (not tiled and len(base) > 1) or any(p["format"] in RAW_DTYPES for p in base):
+        raise FormatError(
+            "the first part is dense and coded, or the first ones own tiles of one size; every further one has a mask "
+            "of places; these are not."
+        )
+
+
+def _coded_shape(mask: "dict[str, Any] | None", matrix: tuple[int, int]) -> tuple[int, int]:
+    """Of the codes of a base part: the whole matrix, or its tiles one below the other."""
+    return matrix if mask is None else (mask["count"] // mask["cols"], mask["cols"])
 
 
 def _parse_part(text: str) -> "Format | str":
@@ -302,7 +370,7 @@ def _parse_part(text: str) -> "Format | str":
 def _check_shared_codes(part: dict[str, Any], dense: dict[str, Any]) -> None:
     """Codes among the dense ones: of the same width, and every code of that width a level in both parts."""
     widths = {_full_width(p["format"]) for p in (part, dense)}
-    if part["codes"] != "dense" or part is dense or len(widths) > 1 or None in widths:
+    if part["codes"] != "dense" or part is dense or dense.get("mask") is not None or len(widths) > 1 or None in widths:
         raise FormatError(f"a part of {part['format']} cannot keep its codes among the dense {dense['format']} ones.")
 
 
@@ -322,9 +390,9 @@ def _part_specs(part: dict[str, Any], shape: tuple[int, ...]) -> Specs:
         return specs | {"values": ((n,), RAW_DTYPES[fmt])}
     if "codes" not in part:
         specs["codes"] = ((packed_bytes(n, fmt.levels.bits, fmt.levels.packing),), torch.uint8)
-    if mask is not None and fmt.blocks.rows != 1 and fmt.blocks != TENSOR:
+    if mask is not None and not _is_tiles(mask) and fmt.blocks.rows != 1 and fmt.blocks != TENSOR:
         raise FormatError("exceptions share scales per row, per group or per tensor, not per tile.")
-    grid = fmt.blocks.grid(out, in_)
+    grid = fmt.blocks.grid(*(_coded_shape(mask, (out, in_)) if _is_tiles(mask) else (out, in_)))
     if not fmt.levels.values:
         tables = 1 if fmt.scale_rule == "shared" else grid[0] * grid[1]
         specs["table"] = ((tables, 2**fmt.levels.bits), torch.float16)
