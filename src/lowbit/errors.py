@@ -8,6 +8,7 @@
     |- ModelError        a model that cannot be read or walked
     |- ArtifactError     a folder that is not a whole, untouched artifact
     |- MemoryPlanError   the plan does not fit the ceiling
+    |- BudgetError       no choice of formats meets a budget
     '- KernelError       a kernel row that is missing, forced wrongly or fails its self-check
 
 Each message says what was given, what was needed, what to type next.
@@ -44,6 +45,10 @@ class ArtifactError(LowbitError):
 
 class MemoryPlanError(LowbitError):
     """The estimated peak memory exceeds the given ceiling."""
+
+
+class BudgetError(LowbitError, ValueError):
+    """No choice of formats meets the budget; the text says what the smallest reachable one is."""
 
 
 class KernelError(LowbitError):
