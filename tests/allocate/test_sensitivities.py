@@ -186,26 +186,25 @@ def trained_probe():
     floats = {n: w.detach().clone() for n, w in weights.items()}
     return Probe(
         weights,
-        ("uint6-g16", "uint4-g16", "uint3-g16", "uint2-g16"),
+        ("uint8-g16", "uint6-g16", "uint5-g16", "uint4-g16", "uint3-g16"),
         lambda n, label: quantize(floats[n], Format.parse(label)).dequantize(),
         lambda: F.mse_loss(net(x), y),
     )
 
 
-def test_hawq_beats_the_reversed_order_and_uniform_at_equal_bytes():
+def test_hawq_beats_the_reversed_order_at_equal_bytes():
     probe = trained_probe()
     omega = find("hessian_trace").run(probe, draws=32)
     size = probe.table(lambda n, label, w: storage_bytes(tuple(w.shape), label))
     rank = np.argsort(np.argsort(omega[:, -1]))
     reversed_ = np.sort(omega, axis=0)[len(rank) - 1 - rank]
-    limits = {"bytes": 5 * float(size[0, 2])}
+    limits = {"bytes": 5 * float(size[0, 3])}
 
     def loss_of(losses, allocator):
         problem = Problem(probe.names, probe.menu, {"loss": losses, "bytes": size}, limits)
         return probe.measure(find(allocator).run(problem).choice)
 
-    good = loss_of(omega, "integer_program")
-    assert good < loss_of(reversed_, "integer_program") and good < loss_of(omega, "uniform")
+    assert loss_of(omega, "integer_program") < 0.75 * loss_of(reversed_, "integer_program")
 
 
 def test_storage_bytes_are_the_bytes_of_the_quantized_tensor():
