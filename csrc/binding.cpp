@@ -6,7 +6,6 @@
 
 #include "binding.h"
 
-namespace nb = nanobind;
 using nb::literals::operator""_a;
 
 namespace {
@@ -111,6 +110,8 @@ std::string picked(const std::string& op, const std::string& isa) {
 
 }  // namespace
 
+void bind_decoder(nb::module_&);  // binding_decoder.cpp
+
 NB_MODULE(_kernels, m) {
   m.doc() = "Kernels of lowbit. Internal: arguments are checked, nothing is converted. Use lowbit.runtime.";
   m.def("table", &table, "[(op, isa, supported by this CPU)], best row of each operation first");
@@ -124,4 +125,5 @@ NB_MODULE(_kernels, m) {
         "bits"_a, "rows"_a.noconvert().none(), "out"_a.noconvert(), "n_threads"_a, "isa"_a);
   m.def("quantize", &quantize, "x"_a.noconvert(), "groups"_a, "q"_a.noconvert(), "scale"_a.noconvert(),
         "sum"_a.noconvert(), "isa"_a);
+  bind_decoder(m);
 }

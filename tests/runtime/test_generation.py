@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lowbit.errors import DataError, ModelError, RecipeError
-from lowbit.runtime.generation import eos_ids, generate
+from lowbit.runtime.generation import generate, generate_batch
+from lowbit.runtime.prompts import eos_ids
 from lowbit.runtime.sampling import Sampler
 from lowbit.runtime.text_stream import Detokenizer, StopStrings
 
@@ -200,6 +201,54 @@ def test_training_mode_is_left_alone_and_dropout_is_off(tokenizer):
     assert model.training and not model.transformer.h[0].mlp.training
 
 
+# ---------------------------------------------------------------- engines and batches
+
+
+@pytest.fixture(scope="module")
+def packed():
+    from tests.runtime.tiny_models import pack_model
+
+    return pack_model(tiny("llama"))
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.3, "top_p": 0.9, "seed": 3}, {"stop": "q"}])
+def test_the_native_loop_answers_as_the_module_does(packed, tokenizer, options):
+    native, module = (
+        generate(packed, tokenizer, "Hello there", max_new_tokens=20, engine=e, **options).result()
+        for e in ("auto", "module")
+    )
+    assert (native.engine, native.note, module.engine) == ("native", None, "module")
+    assert (native.token_ids, native.text, native.finish_reason) == (
+        module.token_ids, module.text, module.finish_reason
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("engine", ["native", "module"])
+def test_a_batch_answers_as_its_prompts_alone(packed, tokenizer, engine):
+    prompts = ["a", "Grüße, 漢字", "", "x" * 58]  # the last one fills the context
+    options = {"max_new_tokens": 9, "temperature": 1.0, "engine": engine}
+    batch = generate_batch(packed, tokenizer, prompts, **options)
+    pieces = list(batch)
+    got = batch.results()
+    assert len({n for n, _ in pieces[: 2 * len(prompts)]}) > 1  # they advance together
+    for i, prompt in enumerate(prompts):
+        alone = generate(packed, tokenizer, prompt, **options).result()
+        assert (got[i].token_ids, got[i].text, got[i].finish_reason) == (
+            alone.token_ids, alone.text, alone.finish_reason
+        )  # fmt: skip
+        assert "".join(p for n, p in pieces if n == i) == got[i].text
+    assert got[3].finish_reason in ("context", "eos") and got[3].new_tokens <= 7
+    with pytest.raises(RecipeError, match="no prompt"):
+        generate_batch(packed, tokenizer, [])
+
+
+def test_an_8_bit_cache_in_a_long_answer(packed, tokenizer):
+    exact, rounded = (
+        generate(packed, tokenizer, "Hello there", max_new_tokens=30, kv_bits=b).result() for b in (32, 8)
+    )
+    assert rounded.engine == "native" and rounded.token_ids[:2] == exact.token_ids[:2]
+
+
 # ---------------------------------------------------------------- the prompt
 
 
@@ -265,6 +314,19 @@ def test_messages(tokenizer):
 
 
 # ---------------------------------------------------------------- sampling
+
+
+def test_few_candidates_give_what_a_full_sort_gives(monkeypatch):
+    from lowbit.runtime import sampling
+
+    torch.manual_seed(3)
+    for flat in (False, True):
+        logits = (torch.randn(3000) * (0.01 if flat else 3)).round(decimals=2)  # ties
+        for top_k, top_p in ((0, 0.3), (0, 0.95), (40, 1.0), (40, 0.5), (700, 0.999), (0, 1.0)):
+            few = Sampler(0.8, top_k, top_p).probabilities(logits)
+            monkeypatch.setattr(sampling, "CANDIDATES", 3000)
+            assert torch.equal(few, Sampler(0.8, top_k, top_p).probabilities(logits))
+            monkeypatch.undo()
 
 
 def slow_probabilities(logits, temperature, top_k, top_p):
