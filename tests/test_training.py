@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from lowbit.errors import FormatError, RecipeError, ShapeError
 from lowbit.runtime.artifact import load, save
-from lowbit.training import bits_per_weight, pack, prepare, step, summary, weight_functions
+from lowbit.training import bits_per_weight, input_functions, pack, penalty, prepare, step, summary, weight_functions
 
 
 def net() -> nn.Sequential:
@@ -90,8 +90,115 @@ def test_bits_are_those_of_the_file(tmp_path) -> None:
     assert "ternary-channel" in str(s) and bits_per_weight(net()) > 31.9
 
 
-def test_step_is_ready_for_schedules() -> None:
+def test_step_moves_schedules() -> None:
     assert step(prepare(net(), "ternary")) == 0
+    n = prepare(net(), {"weights": {"estimator": "reste"}, "activations": {"method": "sign", "estimator": "ede"}})
+    assert step(n, 0.5) == 4 == step(n, 1.0)
+    assert [float(f.t) for _, _, f in weight_functions(n)] == [3, 3]
+    assert [float(f.t) for _, _, f in input_functions(n)] == pytest.approx([10, 10])
+    with pytest.raises(RecipeError, match=r"lowbit\.step\(net, position\)"):
+        step(n)
+
+
+def test_counted_steps_are_part_of_the_state() -> None:
+    a, b = (prepare(net(), "binary", estimator="reste", steps=10) for _ in range(2))
+    for _ in range(4):
+        step(a)
+    b.load_state_dict(a.state_dict())
+    step(a), step(b)
+    assert [float(f.t) for _, _, f in weight_functions(a)] == [float(f.t) for _, _, f in weight_functions(b)]
+    assert float(next(weight_functions(b))[2].t) == pytest.approx(1 + 2 * (1 - 0.5**0.5))
+    assert "lowbit_step" not in pack(b).state_dict()
+
+
+def test_penalty_is_zero_without_a_method_that_has_one() -> None:
+    assert float(penalty(prepare(net(), "ternary"))) == 0
+
+
+def test_choices_by_layer() -> None:
+    n = prepare(
+        net(),
+        {
+            "weights": "ternary",
+            "activations": "sign",
+            "layers": [
+                {"match": "3", "weights": "int4-channel", "activations": "float"},
+                {"match": "0", "weights": None},
+            ],
+            "keep_ends": False,
+        },
+    )
+    assert {name: str(f.format) for name, _, f in weight_functions(n)} == {
+        "3": "int4-channel", "6": "ternary-channel", "8": "ternary-channel",
+    }  # fmt: skip
+    assert [name for name, _, _ in input_functions(n)] == ["0", "6", "8"]
+
+
+@pytest.mark.parametrize("activations", ["sign", "lsq", "pact", "unit", {"method": "lsq", "bits": 1, "signed": True}])
+def test_a_net_with_input_functions_trains_and_packs(activations) -> None:
+    n = prepare(net(), {"weights": "binary", "activations": activations}).train()
+    optimizer = torch.optim.SGD(n.parameters(), 0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        n(X).square().mean().backward()
+        assert all(p.grad is not None for _, _, f in input_functions(n) for p in f.parameters())
+        optimizer.step()
+        step(n, 0.5)
+    n.eval()
+    with torch.no_grad():
+        wanted = n(X)
+        got = pack(n)(X)
+    assert float((got - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+    assert len(list(input_functions(n))) == 2
+
+
+def test_a_tied_weight_is_an_error() -> None:
+    n = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 10, bias=False))
+    n[2].weight = n[0].weight
+    prepare(copy.deepcopy(n), "ternary")  # the tied one is the last layer, which stays
+    with pytest.raises(RecipeError, match=r"^2: its weight is tied to 0\.weight.*skip=\['2'\]"):
+        prepare(n, "ternary", keep_ends=False)
+
+
+def test_a_frozen_weight_is_a_warning() -> None:
+    n = net()
+    n[3].weight.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"will not learn: 3\. Set requires_grad_"):
+        prepare(n, "ternary")
+
+
+def test_unsupported_layers_are_a_warning() -> None:
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    n = nn.ModuleDict({
+        "lstm": nn.LSTM(4, 4), "own": Own(4, 4), "attention": nn.MultiheadAttention(4, 2), "norm": nn.BatchNorm1d(4),
+        "a": nn.Linear(4, 4), "b": nn.Linear(4, 4),
+    })  # fmt: skip
+    message = r"lstm \(LSTM\), own \(Own\), attention \(MultiheadAttention\)\. Only nn\.Linear"
+    with pytest.warns(UserWarning, match=message):
+        prepare(n, "ternary")
+    assert [name for name, _, _ in weight_functions(n)] == ["a"]  # nothing inside the attention
+
+
+def test_unknown_words() -> None:
+    for recipe, message in (
+        ({"wieghts": "s3"}, "unknown field 'wieghts'.*Did you mean 'weights'"),
+        ({"weights": {"method": "quantise"}}, "unknown weights 'quantise'.*Did you mean 'quantize'"),
+        ({"weights": {"format": "binary", "estimater": "ede"}}, "no option 'estimater'. Did you mean 'estimator'"),
+        ({"weights": "binary", "activations": "sing"}, "unknown activations 'sing'. Did you mean 'sign'"),
+        ({"weights": "binary", "activations": {"method": "sign", "bits": 2}}, "'sign' have no option 'bits'"),
+        ({"weights": "binary", "layers": [{"weights": "s3"}]}, "an entry of `layers` is"),
+        ({"weights": "binary", "layers": [{"match": "3", "weight": "s3"}]}, "'weight'.*Did you mean 'weights'"),
+        ({"weights": "int4", "activations": "sign", "layers": [], "skip": "*"}, "there is no layer to quantize"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            prepare(net(), recipe)
+    with pytest.raises(RecipeError, match="^3: estimator 'ede' is made for the two levels"):
+        prepare(net(), "ternary", estimator="ede")
+    with pytest.raises(FormatError, match="unknown level set.*'quantise'.*Nor is it a method. Did you mean 'quantize'"):
+        prepare(net(), "quantise")
 
 
 def test_messages() -> None:

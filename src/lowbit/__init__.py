@@ -21,6 +21,7 @@ _HOME = {
     "compress": "lowbit.api",
     "prepare": "lowbit.api",
     "step": "lowbit.api",
+    "penalty": "lowbit.api",
     "pack": "lowbit.api",
     "bits_per_weight": "lowbit.api",
     "summary": "lowbit.api",

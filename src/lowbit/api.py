@@ -27,9 +27,20 @@ from lowbit.runtime import swap
 from lowbit.runtime.artifact import auto_class_of, load, refuse_existing, save, write_artifact
 from lowbit.sources import check_tokenizer, open_model, read_text, set_tensor, token_windows
 from lowbit.sources.module import ModuleSource
-from lowbit.training import bits_per_weight, pack, prepare, step, summary
+from lowbit.training import bits_per_weight, pack, penalty, prepare, step, summary
 
-__all__ = ["bits_per_weight", "compress", "compress_model", "load", "pack", "prepare", "save", "step", "summary"]
+__all__ = [
+    "bits_per_weight",
+    "compress",
+    "compress_model",
+    "load",
+    "pack",
+    "penalty",
+    "prepare",
+    "save",
+    "step",
+    "summary",
+]
 
 Progress = Callable[[dict[str, Any]], None]
 

@@ -19,6 +19,7 @@ ROOMS = (
     "search",
     "integer",
     "estimators",
+    "weights",
     "activations",
     "layers",
 )

@@ -1,17 +1,21 @@
 """Estimators: how a gradient passes a rounding. One file each; the folder is the table.
 
-estimator("identity")        by name, or an Estimator of your own
-through(x, projected, slope)     the straight-through step they all share
+estimator("reste", power=5)      by name with its parameters, or an Estimator of your own
+through(x, projected, slope)     the straight-through step they all share;  scaled(...)  the same with a learned scale
+Scheduled                        a module whose parameter moves with the training
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
 from lowbit.errors import RecipeError, near_names
-from lowbit.estimators._estimator import Estimator, through
+from lowbit.estimators._estimator import Estimator, scaled, through
+from lowbit.estimators._schedule import Scheduled
 
-__all__ = ["Estimator", "estimator", "estimators", "through"]
+__all__ = ["Estimator", "Scheduled", "estimator", "estimators", "scaled", "through"]
 
 
 @lru_cache(maxsize=1)
@@ -26,10 +30,16 @@ def estimators() -> dict[str, Estimator]:
     return table
 
 
-def estimator(name: str | Estimator) -> Estimator:
-    """The estimator called `name`. Raises RecipeError with the nearest names."""
+def estimator(name: "str | Mapping[str, Any] | Estimator", **options: Any) -> Estimator:
+    """The estimator called `name`, or described by {"name": ..., option: value}.
+
+    Raises RecipeError with the nearest names for one that is unknown, or has no such option.
+    """
     if isinstance(name, Estimator):
-        return name
+        return name.with_options(**options)
+    if isinstance(name, Mapping):
+        described = dict(name)
+        return estimator(described.pop("name", ""), **described, **options)
     if name not in estimators():
-        raise RecipeError(f"unknown estimator {name!r}. {near_names(name, tuple(estimators()))}")
-    return estimators()[name]
+        raise RecipeError(f"unknown estimator {name!r}. {near_names(str(name), tuple(estimators()))}")
+    return estimators()[name].with_options(**options)

@@ -38,7 +38,7 @@ def round_scale(scale: Tensor, dtype: str, up: bool = False) -> Tensor:
     if dtype == "e8m0":
         return _e8m0_value(_e8m0_code(scale, up))
     kind = torch.finfo(_TORCH[dtype])
-    if scale.numel() and float(scale.max()) > kind.max:
+    if not torch.compiler.is_compiling() and scale.numel() and float(scale.max()) > kind.max:
         raise FormatError(f"a scale of {float(scale.max()):.3g} does not fit {dtype}. Use scale_dtype bf16 or fp32.")
     smallest = torch.where(scale > 0, kind.tiny * kind.eps, 0.0)  # the smallest subnormal
     return torch.maximum(scale, smallest).to(_TORCH[dtype]).float()
