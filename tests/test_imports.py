@@ -35,19 +35,34 @@ FLOOR |= {
     "report": 7,
     "export": 7,
     "api": 8,
+    "train": 9,
     "demo": 9,
+    "bench": 9,
     "cli": 10,
 }
 RUNTIME_FLOOR = 6  # it reads artifacts and streams text, so the rules for quiet rooms are not for it
 RUNTIME_MAY = {"errors", "formats", "runtime", "_kernels"}
 # rooms that may use the runtime, which stands beside the ladder
-MAY_USE_RUNTIME = {"training", "demo", "sources", "pipeline", "evaluate", "report", "export", "api", "cli"}
+MAY_USE_RUNTIME = {
+    "training",
+    "train",
+    "bench",
+    "demo",
+    "sources",
+    "pipeline",
+    "evaluate",
+    "report",
+    "export",
+    "api",
+    "cli",
+}
 # same floor, and allowed to look sideways: the pipeline reads sources, the report shows evaluations
 SIDEWAYS = {
     "pipeline": {"sources", "evaluate"},
     "evaluate": {"sources"},
     "export": {"sources"},
     "report": set(),
+    "bench": {"train"},
     "sources": set(),
 }
 

@@ -1,0 +1,208 @@
+"""Compare ways to train at 1 to 4 bits: one network, one protocol, many methods, several seeds.
+
+    python -m lowbit.bench.methods --data cifar10/ --out methods/                       the small CPU protocol
+    python -m lowbit.bench.methods --data cifar10/ --out methods/ --protocol resnet20 --device cuda --workers 8
+
+Type the same command again to go on where it stopped: finished rows are kept, unfinished ones have checkpoints (an
+`--minutes` limit writes them too). `--smoke` runs 30 steps of every row, `--probe` measures images per second,
+`--pack` packs the finished networks and compares each with what was trained.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lowbit.bench.pool import Job, Setting, Slot, Templates, read_rows, run_pool
+from lowbit.bench.rows import PROTOCOLS, ROWS, Protocol, Row
+from lowbit.bench.trainee import DeviceImages
+from lowbit.errors import LowbitError, RecipeError, near_names
+from lowbit.train.images import read_images
+
+
+def main(arguments: "list[str] | None" = None) -> int:
+    """Entry point; returns the exit code: 0 all rows done, 3 time was up, 1 an error in one sentence."""
+    args = _parser().parse_args(arguments)
+    try:
+        return _run(args)
+    except LowbitError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    began = time.perf_counter()
+    rows = select(args.rows)
+    protocol = _protocol(args)
+    device = torch.device(args.device)
+    _set_up(device)
+    train, test = read_images(args.data)
+    data = DeviceImages(train.first(protocol.train_images), test.first(protocol.test_images), device)
+    say(f"{len(data.y)} training and {len(data.y_test)} test images, {time.perf_counter() - began:.1f} s to read")
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    setting = Setting(protocol, data, device, dtype, args.out, args.compile, not args.no_graphs, args.curve)
+    if args.probe:
+        return probe(setting, rows)
+    jobs = [Job(row, seed) for seed in range(args.seeds) for row in rows]
+    if args.smoke:
+        return smoke(setting, jobs, args.workers)
+    if args.pack:
+        return pack_all(setting, jobs)
+    done = {
+        (r["row"], r["seed"]) for r in read_rows(args.out) if r["status"] == "done" and r["protocol"] == vars(protocol)
+    }
+    jobs = [job for job in jobs if (job.row.name, job.seed) not in done]
+    jobs.sort(key=lambda job: not (args.out / "checkpoints" / f"{job.name}.safetensors").is_file())
+    say(f"{len(jobs)} networks to train, {len(done)} done before; {protocol}")
+    whole = run_pool(jobs, setting, args.workers, began + 60 * args.minutes, say)
+    show(read_rows(args.out))
+    return 0 if whole else 3
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def select(names: str) -> list[Row]:
+    """Rows by name; comma-separated, a trailing * stands for anything; empty for all."""
+    wanted = [n for n in names.split(",") if n] or ["*"]
+    chosen: list[Row] = []
+    for name in wanted:
+        found = [r for r in ROWS.values() if r.name == name or (name.endswith("*") and r.name.startswith(name[:-1]))]
+        if not found:
+            raise RecipeError(f"unknown row {name!r}. {near_names(name, tuple(ROWS))}")
+        chosen += [r for r in found if r not in chosen]
+    return chosen
+
+
+def _protocol(args: argparse.Namespace) -> Protocol:
+    if args.protocol not in PROTOCOLS:
+        raise RecipeError(f"unknown protocol {args.protocol!r}. {near_names(args.protocol, tuple(PROTOCOLS))}")
+    fields = ("epochs", "batch", "lr", "train_images", "test_images", "depth", "width")
+    return replace(PROTOCOLS[args.protocol], **{k: v for k in fields if (v := getattr(args, k)) is not None})
+
+
+def _set_up(device: torch.device) -> None:
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RecipeError("--device cuda: torch sees no GPU here. Use --device cpu.")
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def smoke(setting: Setting, jobs: list[Job], workers: int) -> int:
+    """30 steps of every row; says which fail. Writes into <out>/smoke."""
+    steps = min(30, len(setting.data.y) // setting.protocol.batch)
+    y = setting.data.y
+    setting.data.y = y[: steps * setting.protocol.batch]
+    try:
+        protocol = replace(setting.protocol, epochs=1, warmup=0.5)
+        began = time.perf_counter()
+        setting = setting._replace(folder=setting.folder / "smoke", protocol=protocol)
+        run_pool(jobs, setting, workers, float("inf"), say)
+    finally:
+        setting.data.y = y
+    failed = [r for r in read_rows(setting.folder) if r["status"] != "done"]
+    for r in failed:
+        say(f"FAILED {r['row']}: {r['error']}")
+    say(f"smoke: {len(jobs) - len(failed)} of {len(jobs)} rows ran, {time.perf_counter() - began:.0f} s")
+    return 1 if failed else 0
+
+
+def pack_all(setting: Setting, jobs: list[Job]) -> int:
+    """Pack every finished network and evaluate it: `<out>/packed.jsonl`. 1 if one differs from the trained network."""
+    from lowbit.bench.packing import measure
+
+    worst, path = 1.0, setting.folder / "packed.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    done = {(r["row"], r["seed"]) for r in rows}
+    for job in jobs:
+        weights = setting.folder / "weights" / f"{job.name}.safetensors"
+        if weights.is_file() and (job.row.name, job.seed) not in done:
+            row = {"row": job.row.name, "seed": job.seed} | measure(job.row, setting.protocol, weights, setting.data)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            say(
+                f"{job.name:<28} {row['bits_per_weight']:.3f} bits, {row['bytes']:,} bytes, {100 * row['accuracy']:.2f}"
+                f" %, {100 * row['same_class']:.2f} % of the classes as trained"
+            )
+            worst = min(worst, row["same_class"])
+    return int(worst < 0.999)
+
+
+def probe(setting: Setting, rows: list[Row]) -> int:
+    """Images per second of several networks side by side."""
+    for k in (1, 2, 4, 8, 12, 16):
+        began = time.perf_counter()
+        templates = Templates(setting)
+        slots = [Slot(Job(rows[i % len(rows)], i), setting, templates) for i in range(k)]
+        ready = time.perf_counter()
+        steps = rate(slots, 4.0)
+        images = steps * setting.protocol.batch / (time.perf_counter() - ready)
+        say(
+            f"{k:>3} side by side: {images:>9,.0f} images/s, {images / len(setting.data.y):.2f} epochs/s "
+            f"(ready after {ready - began:.1f} s), so 200 epochs of {len(ROWS)} rows take "
+            f"{200 * len(ROWS) * len(setting.data.y) / images / 60:.1f} minutes"
+        )
+        if setting.device.type == "cpu":
+            break
+    return 0
+
+
+def rate(slots: list[Slot], seconds: float) -> int:
+    """Steps that these trainees make together in about so many seconds."""
+    end, steps = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end:
+        for slot in slots:
+            if slot.ready():
+                before = slot.trainee.done
+                slot.advance()
+                steps += slot.trainee.done - before
+    for slot in slots:
+        if slot.stream is not None:
+            slot.stream.synchronize()
+    return steps
+
+
+def show(rows: list[dict]) -> None:
+    """Mean and spread over seeds, one line a row."""
+    names = list(dict.fromkeys(r["row"] for r in rows))
+    for name in names:
+        found = [r for r in rows if r["row"] == name]
+        right = torch.tensor([100 * r["accuracy"] for r in found if r["status"] == "done"])
+        failed = f"  {len(found) - len(right)} failed" if len(right) < len(found) else ""
+        spread = f" +- {right.std():.2f}" if len(right) > 1 else ""
+        mean = f"{right.mean():.2f}{spread} ({len(right)} seeds)" if len(right) else "failed"
+        say(f"{name:<24} {mean}{failed}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m lowbit.bench.methods", description=__doc__.splitlines()[0])
+    p.add_argument("--data", required=True, help="folder of Parquet files, hub name, or a file of lowbit.train.images")
+    p.add_argument("--out", required=True, type=Path, help="folder for results, weights and checkpoints")
+    p.add_argument("--protocol", default="small", help=f"one of {', '.join(PROTOCOLS)}")
+    p.add_argument("--rows", default="", help="comma-separated names, a trailing * allowed; all rows if left out")
+    p.add_argument("--seeds", type=int, default=1)
+    p.add_argument("--workers", type=int, default=1, help="networks side by side")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--minutes", type=float, default=float("inf"), help="stop then, with checkpoints")
+    p.add_argument("--bf16", action="store_true", help="convolutions in bfloat16")
+    p.add_argument("--compile", action="store_true", help="torch.compile the network")
+    p.add_argument("--no-graphs", action="store_true", help="launch kernels one by one")
+    p.add_argument("--curve", type=int, default=10, help="test accuracy every so many epochs")
+    for name in ("epochs", "batch", "train-images", "test-images", "depth", "width"):
+        p.add_argument(f"--{name}", type=int)
+    p.add_argument("--lr", type=float)
+    p.add_argument("--smoke", action="store_true", help="30 steps of every row")
+    p.add_argument("--pack", action="store_true", help="pack and evaluate what is finished")
+    p.add_argument("--probe", action="store_true", help="measure images per second")
+    return p
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The rows of the method table: their formulas, and that each trains, resumes and packs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowbit.bench import stacked
+from lowbit.bench.packing import float_network, packed_network
+from lowbit.bench.pool import Job, Setting, read_rows, run_pool
+from lowbit.bench.rows import PROTOCOLS, ROWS
+from lowbit.bench.trainee import DeviceImages, Trainee
+from lowbit.errors import ArtifactError
+from lowbit.formats import Format
+from lowbit.train.images import Images
+
+CPU = torch.device("cpu")
+TINY = replace(PROTOCOLS["small"], depth=8, width=4, epochs=4, batch=16, warmup=1.0)
+
+
+@pytest.fixture(scope="module")
+def data() -> DeviceImages:
+    """Eight colours to tell apart, 8 x 8 pixels."""
+    draw = torch.Generator().manual_seed(0)
+    y = torch.arange(48) % 8
+    colours = torch.randint(0, 256, (8, 1, 1, 3), generator=draw)
+    noise = torch.randint(-20, 21, (48, 8, 8, 3), generator=draw)
+    images = Images((colours[y] + noise).clamp(0, 255).to(torch.uint8), y)
+    return DeviceImages(images, images, CPU)
+
+
+def trainee(row: str, data: DeviceImages, seed: int = 0) -> Trainee:
+    return Trainee(ROWS[row], TINY, seed, data, CPU)
+
+
+def run(t: Trainee, steps: int) -> Trainee:
+    for _ in range(steps):
+        t.step()
+        t.done += 1
+        if t.done % t.steps == 0 and t.done < t.total:
+            t.load_draws()
+    return t
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_learns_and_its_levels_are_those_of_its_format(row: str, data: DeviceImages) -> None:
+    t = trainee(row, data)
+    run(t, 3)
+    first = float(t.loss_sum)
+    run(t, t.total - 6)
+    t.loss_sum.zero_()
+    run(t, 3)
+    assert float(t.loss_sum) < first
+    if row == "fp32":
+        return
+    fmt = Format.parse(t.method.format)
+    for name, levels in t.export().items():
+        if name.endswith(".levels"):
+            assert set(levels.flatten().tolist()) <= set(fmt.levels.values), name
+
+
+@pytest.mark.parametrize(
+    "row", ["w1-ste", "w1-reste", "ternary-s3", "w3-s3", "w4-denseshift", "w2-lsq", "w3-deepshift-q"]
+)
+def test_the_packed_network_gives_the_same_logits(row: str, data: DeviceImages) -> None:
+    t = run(trainee(row, data), 5)
+    tensors = t.export()
+    x = data.test_batches()[0][0]
+    with torch.no_grad():
+        trained = float_network(ROWS[row], TINY, tensors)(x)
+        packed = packed_network(ROWS[row], TINY, tensors, Format.parse(t.method.format))(x)
+    torch.testing.assert_close(packed, trained, rtol=1e-4, atol=1e-4)
+    assert float((trained.argmax(1) == data.y_test).float().mean()) == pytest.approx(t.accuracy())
+
+
+@pytest.mark.parametrize("row", ["w1-biper", "w1a1-reste"])
+def test_a_resumed_run_ends_with_the_same_bytes(row: str, data: DeviceImages, tmp_path: Path) -> None:
+    whole = run(trainee(row, data), 12)
+    begun = run(trainee(row, data), 5)
+    begun.save(tmp_path / "a.safetensors")
+    again = trainee(row, data)
+    again.resume(tmp_path / "a.safetensors")
+    run(again, 7)
+    for name, tensor in whole.state().items():
+        assert torch.equal(tensor, again.state()[name]), name
+
+
+def test_a_checkpoint_of_another_row_is_refused(data: DeviceImages, tmp_path: Path) -> None:
+    trainee("w1-ste", data).save(tmp_path / "a.safetensors")
+    with pytest.raises(ArtifactError, match="another run"):
+        trainee("w1-reste", data).resume(tmp_path / "a.safetensors")
+
+
+def test_the_pool_stops_in_time_resumes_and_skips_what_is_done(data: DeviceImages, tmp_path: Path) -> None:
+    setting = Setting(TINY, data, CPU, torch.float32, tmp_path, curve=2)
+    jobs = [Job(ROWS[n], 0) for n in ("fp32", "w1-ste")]
+    assert not run_pool(jobs, setting, 2, 0.0, print)
+    assert run_pool(jobs, setting, 2, float("inf"), print)
+    rows = read_rows(tmp_path)
+    assert [r["status"] for r in rows] == ["done", "done"]
+    assert [e for e, _ in rows[0]["curve"]] == [1, 2, 4]
+    assert len(rows[0]["losses"]) == 4
+    assert (tmp_path / "weights" / "w1-ste-s0.safetensors").is_file()
+
+
+def test_a_row_whose_loss_is_no_number_is_a_failed_row(data: DeviceImages, tmp_path: Path) -> None:
+    setting = Setting(replace(TINY, lr=1e30), data, CPU, torch.float32, tmp_path)
+    assert run_pool([Job(ROWS["fp32"], 0)], setting, 1, float("inf"), print)
+    (row,) = read_rows(tmp_path)
+    assert row["status"] == "failed" and "learning rate" in row["error"]
+
+
+def test_mean_square_of_fresh_sign_planes() -> None:
+    """E[W^2] = 2.5, 11.5, 191.5 for DenseShift at 2, 3, 4 bits and 2.75 for S3 at 3 bits."""
+    torch.manual_seed(0)
+    w = torch.zeros(4, 500, 500)
+    for method, expected in (
+        (stacked.DenseShift(2), 2.5),
+        (stacked.DenseShift(3), 11.5),
+        (stacked.DenseShift(4), 191.5),
+        (stacked.S3(3), 2.75),
+        (stacked.S3(2), 0.5),
+    ):
+        levels, _ = method.hard(method.latents(w))
+        assert float(levels.square().mean()) == pytest.approx(expected, rel=0.02)
+
+
+def test_swish_slope_is_the_derivative() -> None:
+    w = torch.linspace(-2, 2, 101, dtype=torch.float64, requires_grad=True)
+    stacked.swish_sign(5 * w).sum().backward()
+    torch.testing.assert_close(w.grad, stacked.swish_slope(w.detach(), 5.0))
+
+
+def test_denseshift_passes_the_surrogates_gradient() -> None:
+    """d/du = g sqrt(S + 1); where the last plane is off only it learns."""
+    p = {"sign": torch.tensor([[[0.3]]]), "t1": torch.tensor([[[1.0]]]), "t2": torch.tensor([[[1.0]]])}
+    p |= {"t3": torch.tensor([[[-1.0]]])}
+    for v in p.values():
+        v.requires_grad_(True)
+    stacked.DenseShift(3).weight(p, ()).sum().backward()
+    assert p["sign"].grad.item() == 1.0  # S = 0
+    assert p["t1"].grad.item() == p["t2"].grad.item() == 0.0
+    assert p["t3"].grad.item() == pytest.approx(3 / 2)  # (S_2 + 1) * 1 / (2 sqrt(1))
+
+
+def test_parq_is_the_float_weight_at_first_and_the_levels_at_last() -> None:
+    u = torch.linspace(-1, 1, 41).reshape(1, 1, -1)
+    for levels in (2, 3):
+        method = stacked.Parq(levels)
+        hard, scale = method.hard({"w": u})
+        start = method.weight({"w": u}, (torch.tensor(method.schedule(0.0)[0]),))
+        end = method.weight({"w": u}, (torch.tensor(method.schedule(0.9)[0]),))
+        torch.testing.assert_close(start, u.clamp(-float(scale), float(scale)))
+        torch.testing.assert_close(end, hard * scale)
