@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -124,7 +125,8 @@ def pack_all(setting: Setting, jobs: list[Job]) -> int:
     for job in jobs:
         weights = setting.folder / "weights" / f"{job.name}.safetensors"
         if weights.is_file() and (job.row.name, job.seed) not in done:
-            row = {"row": job.row.name, "seed": job.seed} | measure(job.row, setting.protocol, weights, setting.data)
+            row: dict[str, Any] = {"row": job.row.name, "seed": job.seed}
+            row |= measure(job.row, setting.protocol, weights, setting.data)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             say(
