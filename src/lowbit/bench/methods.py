@@ -46,11 +46,12 @@ def _run(args: argparse.Namespace) -> int:
     say(f"{len(data.y)} training and {len(data.y_test)} test images, {time.perf_counter() - began:.1f} s to read")
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     setting = Setting(protocol, data, device, dtype, args.out, args.compile, not args.no_graphs, args.curve)
-    if args.probe:
-        return probe(setting, rows)
     jobs = [Job(row, seed) for seed in range(args.seeds) for row in rows]
-    if args.smoke:
-        return smoke(setting, jobs, args.workers)
+    if args.smoke or args.probe:
+        failed = smoke(setting, jobs, args.workers) if args.smoke else 0
+        for compiled in {False, args.compile} if args.probe else ():
+            probe(setting._replace(compile=compiled), rows)
+        return failed
     if args.pack:
         return pack_all(setting, jobs)
     done = {
@@ -137,23 +138,24 @@ def pack_all(setting: Setting, jobs: list[Job]) -> int:
     return int(worst < 0.999)
 
 
-def probe(setting: Setting, rows: list[Row]) -> int:
+def probe(setting: Setting, rows: list[Row]) -> None:
     """Images per second of several networks side by side."""
-    for k in (1, 2, 4, 8, 12, 16):
-        began = time.perf_counter()
-        templates = Templates(setting)
-        slots = [Slot(Job(rows[i % len(rows)], i), setting, templates) for i in range(k)]
-        ready = time.perf_counter()
-        steps = rate(slots, 4.0)
-        images = steps * setting.protocol.batch / (time.perf_counter() - ready)
+    say("torch.compile:" if setting.compile else "as it stands:")
+    for k in (1, 4, 8, 16) if setting.device.type == "cuda" else (1,):
+        began, slots = time.perf_counter(), []
+        try:
+            templates = Templates(setting)
+            slots = [Slot(Job(rows[i % len(rows)], i), setting, templates) for i in range(k)]
+            ready = time.perf_counter()
+            images = rate(slots, 3.0) * setting.protocol.batch / (time.perf_counter() - ready)
+        except Exception as e:
+            say(f"{k:>3} side by side failed: {type(e).__name__}: {e}")
+            return
+        minutes = setting.protocol.epochs * len(ROWS) * len(setting.data.y) / images / 60
         say(
-            f"{k:>3} side by side: {images:>9,.0f} images/s, {images / len(setting.data.y):.2f} epochs/s "
-            f"(ready after {ready - began:.1f} s), so 200 epochs of {len(ROWS)} rows take "
-            f"{200 * len(ROWS) * len(setting.data.y) / images / 60:.1f} minutes"
+            f"{k:>3} side by side: {images:>9,.0f} images/s (ready after {ready - began:.1f} s); "
+            f"{setting.protocol.epochs} epochs of {len(ROWS)} rows take {minutes:.1f} minutes"
         )
-        if setting.device.type == "cpu":
-            break
-    return 0
 
 
 def rate(slots: list[Slot], seconds: float) -> int:

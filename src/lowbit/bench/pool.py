@@ -183,7 +183,8 @@ class Templates:
         key = (row.activations, row.block)
         if key not in self.kept:
             net = new_network(row, self.setting.protocol).to(self.setting.device)
-            self.kept[key] = (net, _compiled(net) if self.setting.compile else plain_loss)
+            worth_it = self.setting.compile and row.activations == "float"  # most rows share this structure
+            self.kept[key] = (net, _compiled(net) if worth_it else plain_loss)
         return self.kept[key]
 
 
