@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "binding.h"
+#include "columns.h"
 
 using nb::literals::operator""_a;
 
@@ -84,6 +85,28 @@ nb::tuple segments(int64_t groups, int64_t group) {
   return nb::make_tuple(seg.count, seg.length, seg.padded, seg.per_group);
 }
 
+// One block of columns of a layer-wise solver. moved: [count, out] for coordinate descent, empty for error feedback.
+void solve_columns(Array<float, 2> columns, Array<float, 2> other, Array<float, 2> moved, Floats u,
+                   Array<uint8_t, 2> codes, Array<const int32_t, 1> group_of, Floats scale, Floats divisor, Floats zero,
+                   Array<const float, 1> thresholds, Array<const float, 1> values, bool real_zero, int n_threads) {
+  const int64_t count = dim(columns, 0), out = dim(columns, 1), levels = dim(values, 0);
+  const auto like = [&](const auto& a) { return dim(a, 0) == count && dim(a, 1) == out; };
+  need(like(other) && like(codes) && (moved.size() == 0 || like(moved)), "columns, other, moved, codes differ in shape");
+  need(dim(u, 0) == count && dim(u, 1) == count && dim(group_of, 0) == count, "u or group_of does not fit the columns");
+  need(dim(scale, 1) == out && dim(divisor, 0) == dim(scale, 0) && dim(divisor, 1) == out, "scale or divisor: [G, out]");
+  need(zero.size() == 0 || (dim(zero, 0) == dim(scale, 0) && dim(zero, 1) == out), "zero must be [G, out] or empty");
+  need(levels >= 2 && levels <= 256 && (thresholds.size() == 0 || dim(thresholds, 0) == levels - 1), "2 to 256 levels");
+  for (int64_t j = 0; j < count; ++j)
+    need(group_of.data()[j] >= 0 && group_of.data()[j] < dim(scale, 0), "group_of names a group that is not there");
+  const lowbit::ColumnBlock block{columns.data(), other.data(), moved.size() ? moved.data() : nullptr, u.data(),
+                                  codes.data(), count, out};
+  const lowbit::ColumnGrids grids{scale.data(), divisor.data(), zero.size() ? zero.data() : nullptr, group_of.data(),
+                                  thresholds.size() ? thresholds.data() : nullptr, values.data(),
+                                  static_cast<int>(levels), real_zero};
+  nb::gil_scoped_release release;
+  lowbit::solve_columns(block, grids, n_threads);
+}
+
 template <class Fn>
 void list_rows(const lowbit::Table<Fn>& table, nb::list& out) {
   for (size_t i = 0; i < table.count; ++i)
@@ -123,6 +146,10 @@ NB_MODULE(_kernels, m) {
         "scale"_a.noconvert(), "zero"_a.noconvert(), "bits"_a, "y"_a.noconvert(), "n_threads"_a, "isa"_a);
   m.def("decode", &decode, "codes"_a.noconvert(), "table"_a.noconvert(), "scale"_a.noconvert(), "zero"_a.noconvert(),
         "bits"_a, "rows"_a.noconvert().none(), "out"_a.noconvert(), "n_threads"_a, "isa"_a);
+  m.def("solve_columns", &solve_columns, "columns"_a.noconvert(), "other"_a.noconvert(), "moved"_a.noconvert(),
+        "u"_a.noconvert(), "codes"_a.noconvert(), "group_of"_a.noconvert(), "scale"_a.noconvert(),
+        "divisor"_a.noconvert(), "zero"_a.noconvert(), "thresholds"_a.noconvert(), "values"_a.noconvert(),
+        "real_zero"_a, "n_threads"_a);
   m.def("quantize", &quantize, "x"_a.noconvert(), "groups"_a, "q"_a.noconvert(), "scale"_a.noconvert(),
         "sum"_a.noconvert(), "isa"_a);
   bind_decoder(m);

@@ -39,6 +39,7 @@ class Sizes:
     tokens: int
     blocks: int
     gram: int  # sum of in^2 over the groups of a block
+    streams: int = 1  # sets of hidden states that are carried
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,10 @@ def make_plan(sizes: Sizes, ceiling: "int | None" = None, windows: int = 1) -> P
 
 def peak_bytes(s: Sizes, recompute: bool) -> int:
     """Estimated peak resident bytes."""
-    hidden = s.tokens * s.width
-    live = 0 if recompute else s.tokens * (s.widest_input + 3 * s.width)
+    hidden = s.streams * s.tokens * s.width
+    live = 0 if recompute else s.streams * s.tokens * (s.widest_input + 3 * s.width)
     solver = SOLVER_GRAMS * s.widest_input**2 + SOLVER_COPIES * s.widest_group
-    blocks = s.block + 2 * hidden + live + solver if s.tokens else s.block + SOLVER_COPIES * s.widest_group
+    blocks = s.streams * s.block + 2 * hidden + live + solver if s.tokens else s.block + SOLVER_COPIES * s.widest_group
     opening = s.outside + hidden + SOLVER_COPIES * EMBEDDING_ROWS * s.width
     return int(s.start_bytes + 4 * SLACK * max(blocks, opening, s.head + SOLVER_COPIES * EMBEDDING_ROWS * s.width))
 
@@ -98,7 +99,7 @@ def _gb(n: int) -> str:
 
 def _seconds(s: Sizes) -> float:
     """Products of the passes, the Gram matrices and the solvers, at the speed of a float32 product measured now."""
-    forward = s.tokens * (s.block + s.gram)
+    forward = s.streams * s.tokens * (s.block + s.gram)
     solve = 4 * s.widest_group * s.widest_input + 40 * s.block
     return 2 * s.blocks * (forward + solve) / _flops_per_second() + s.blocks * 0.4
 

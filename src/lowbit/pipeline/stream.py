@@ -1,11 +1,13 @@
 """The walk: embeddings, then block after block (read, statistics, solve, pack, forget), then the output head.
 
-Only one block's float weights, the hidden states of all windows and one solver's work are in memory at a time. Every
+Only one block's float weights, the hidden states of all windows (twice for methods that also follow the float model's)
+and one solver's work are in memory at a time. Every
 finished piece goes to a store, so that a killed run goes on from the last finished block and ends with the same bytes.
 """
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -98,6 +100,7 @@ class Walk:
             widest_input=max(in_ for _, in_ in shapes),
             widest_group=max(by_input.values()),
             tokens=0 if self.windows is None else self.windows.numel(),
+            streams=self.streams,
             blocks=len(self.blocks),
             gram=sum(in_**2 for _, in_ in shapes),
         )
@@ -131,7 +134,7 @@ class Walk:
         if self.windows is None:
             return done, []
         start, hidden = self.store.newest_hidden() or (0, [])
-        return (start, hidden) if start <= done else (0, [])
+        return (start, hidden) if start <= done and len(hidden) == self.streams * len(self.windows) else (0, [])
 
     def _opening(self, hidden: list[Tensor], need_hidden: bool) -> list[Tensor]:
         """Everything outside the blocks but an untied head.
@@ -150,7 +153,7 @@ class Walk:
         if not self.store.has("opening"):
             self.store.put("opening", {**tensors, **plain}, {"layers": entries, "plain": list(plain)})
         if calibrate:
-            first = self._first_hidden()
+            first = self._first_hidden() * self.streams
             if not hidden:
                 hidden = first
                 self.store.put_hidden(0, hidden)
@@ -208,13 +211,26 @@ class Walk:
         if self.recipe.solver.smooth is not None:
             return self._solve_smoothed(i, block, groups, hidden)
         solved: Solved = {}
-        forwards = SequentialForwards(block, hidden, self.calls[i], recompute)
+        streams = self._streams(i, block, hidden, recompute)
         for group in groups:
             width = layer_matrix(block.get_submodule(group[0])).shape[1]
-            statistics = _accumulate(forwards.inputs(group[0]), width)
+            statistics = _accumulate(zip(*(s.inputs(group[0]) for s in streams), strict=True), width)
             solved |= self._solve_group(i, block, group, statistics)
-        forwards.outputs()
+        hidden[:] = [h for s in streams for h in s.outputs()]
         return solved | self._solve_group(i, block, unused, None)
+
+    @property
+    def streams(self) -> int:
+        """How many sets of hidden states are carried: the compressed model's, and the float model's for `drift`."""
+        return 2 if self.recipe.solver_options.get("drift") else 1
+
+    def _streams(self, i: int, block: nn.Module, hidden: list[Tensor], recompute: bool) -> list[SequentialForwards]:
+        """Passes through the block that is being solved, and through a float copy of it for the float model's states."""
+        n = len(hidden) // self.streams
+        own = SequentialForwards(block, hidden[:n], self.calls[i], recompute)
+        if self.streams == 1:
+            return [own]
+        return [own, SequentialForwards(copy.deepcopy(block), hidden[n:], self.calls[i], recompute)]
 
     def _check_unused(self, i: int, names: list[str]) -> None:
         """Layers without inputs have no statistics: only a method without data can round them."""
@@ -366,10 +382,11 @@ class Walk:
         self.progress({"event": event, "block": i, "blocks": len(self.blocks), **memory, **more})
 
 
-def _accumulate(inputs: Any, size: int) -> LayerStatistics:
+def _accumulate(inputs: "Iterable[tuple[Tensor, ...]]", size: int) -> LayerStatistics:
+    """inputs: of each window, the layer's, and the float model's where that is carried."""
     gram = GramAccumulator(size)
-    for x in inputs:
-        gram.add(x)
+    for both in inputs:
+        gram.add(*both)
     return gram.finish()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lowbit.errors import DataError
 from lowbit.formats import Format, Grid, decode, encode, fit
+from lowbit.solvers._native import NativeGrids, knows
 from lowbit.solvers._spec import empty_grid
 
 
@@ -54,28 +55,33 @@ def solve_columns(
     u, used = inverse_cholesky(gram[order][:, order] if act_order else gram, damping)
     columns = w[:, order].T.contiguous()
     hooks.start(w, order, u)
-    with one_thread():
-        loss = _loop(columns, u, hooks, hooks.block_size(block))
+    loss = _loop(columns, u, hooks, hooks.block_size(block))
     return LoopResult(order, loss, used, int(dead.sum()))
 
 
 def _loop(columns: Tensor, u: Tensor, hooks: "ColumnHooks", block: int) -> float:
     n, loss = len(columns), 0.0
-    diagonal = u.diagonal().tolist()
     for i1 in range(0, n, block):
         i2 = min(i1 + block, n)
         errors = torch.empty(i2 - i1, columns.shape[1], dtype=columns.dtype)
-        for j in range(i1, i2):
-            hooks.group(j, columns)
-            column = columns[j]
-            q = hooks.quantize(j, column)
-            e = errors[j - i1]
-            torch.sub(column, q, out=e).div_(diagonal[j])
-            hooks.exempt(j, column, q, e)
-            columns[j + 1 : i2].addr_(u[j, j + 1 : i2], e, alpha=-1)
+        if not hooks.feedback(i1, i2, columns, errors, u):
+            with one_thread():
+                _columns(i1, i2, columns, errors, u, hooks)
         columns[i2:].addmm_(u[i1:i2, i2:].T, errors, alpha=-1)
         loss += float(errors.square().sum(dtype=torch.float64))
     return loss
+
+
+def _columns(i1: int, i2: int, columns: Tensor, errors: Tensor, u: Tensor, hooks: "ColumnHooks") -> None:
+    diagonal = u.diagonal()[i1:i2].tolist()
+    for j in range(i1, i2):
+        hooks.group(j, columns)
+        column = columns[j]
+        q = hooks.quantize(j, column)
+        e = errors[j - i1]
+        torch.sub(column, q, out=e).div_(diagonal[j - i1])
+        hooks.exempt(j, column, q, e)
+        columns[j + 1 : i2].addr_(u[j, j + 1 : i2], e, alpha=-1)
 
 
 @contextmanager
@@ -123,6 +129,10 @@ class ColumnHooks:
 
     def exempt(self, j: int, column: Tensor, q: Tensor, e: Tensor) -> None: ...
 
+    def feedback(self, i1: int, i2: int, columns: Tensor, errors: Tensor, u: Tensor) -> bool:
+        """Do columns i1..i2 at once and say so; False leaves them to the loop."""
+        return False
+
     def block_size(self, wanted: int) -> int:
         return wanted
 
@@ -140,6 +150,7 @@ class GridHooks(ColumnHooks):
         self.static = static or self.across == 1 or fmt.scale_dtype == "double" or not fmt.levels.values
         self.codes = torch.zeros(in_, out, dtype=torch.uint8)
         self.grid = empty_grid(self.down * self.across, fmt)
+        self.native: NativeGrids | None = None
 
     def block_size(self, wanted: int) -> int:
         """A block holds whole groups, or a group whole blocks: grids are always fitted on compensated columns."""
@@ -151,8 +162,33 @@ class GridHooks(ColumnHooks):
         self.group_of = (order // self.cols).tolist()
         self.order = order
         if self.static:
-            self.grid = fit(self.format.blocks.split(w), self.format, self._weights(self.importance, self.down))
+            self.use(fit(self.format.blocks.split(w), self.format, self._weights(self.importance, self.down)))
+
+    def use(self, grid: Grid) -> None:
+        """Round on these static grids from now on."""
+        self.grid, self.native = grid, None
+        if self._plain and knows(self.format):
+            self.native = NativeGrids(grid, self.format, self.order // self.cols, self.codes.shape[1])
+        else:
             self._spread()
+
+    @property
+    def _plain(self) -> bool:
+        """Whether a method has hooks of its own for a column."""
+        own = type(self)
+        return own.quantize is GridHooks.quantize and own.exempt is ColumnHooks.exempt and own.group is GridHooks.group
+
+    def feedback(self, i1: int, i2: int, columns: Tensor, errors: Tensor, u: Tensor) -> bool:
+        if self.native is not None:
+            self.native.feedback(columns[i1:i2], errors, u[i1:i2, i1:i2], self.codes[i1:i2], i1)
+        return self.native is not None
+
+    def descend(self, i1: int, i2: int, columns: Tensor, gradient: Tensor, moved: Tensor, h: Tensor) -> bool:
+        """As `feedback`, for a step of coordinate descent."""
+        if self.native is not None:
+            part = self.codes[i1:i2]
+            self.native.descend(columns[i1:i2], gradient[i1:i2], moved, h[i1:i2, i1:i2], part, i1)
+        return self.native is not None
 
     def _weights(self, importance: "Tensor | None", down: int) -> "Tensor | None":
         """Importance as blocks: (blocks, rows * cols)."""

@@ -6,6 +6,8 @@ Defaults: searched grids weighted by diag H, static groups in act-order (columns
 the mean diagonal, raised tenfold while H cannot be factored; dead inputs get weight 0. `refit` ends with the
 closed-form scales for the codes that were found: rows are independent, so each is a small linear system in its group
 scales (derived; the objective cannot rise).
+`drift` aims at the float model's outputs instead of the layer's own on its present inputs, so that a layer also mends
+what the layers before it have done: GPTAQ's objective (Li 2025, arXiv:2504.02692), solved by moving the target W.
 Cost: O(out * in^2 + in^3); memory about 8 in^2 + 9 out * in floats.
 Source: Frantar 2022 (arXiv:2210.17323); static groups and act-order after the authors' code.
 """
@@ -17,7 +19,7 @@ from lowbit.formats import Format, Grid
 from lowbit.solvers._columns import GridHooks, solve_columns
 from lowbit.solvers._refit import refit_scales
 from lowbit.solvers._spec import Solution, Spec
-from lowbit.statistics import LayerStatistics
+from lowbit.statistics import LayerStatistics, drift_target
 
 
 def solve(
@@ -30,11 +32,13 @@ def solve(
     static_groups: bool = True,
     weighted: bool = True,
     refit: bool = True,
+    drift: bool = True,
     block: int = 64,
 ) -> Solution:
     """Quantize w (out, in) float32 under the layer's Gram matrix. Raises RecipeError without statistics."""
     if statistics is None:
         raise RecipeError("gptq needs calibration text: add --data FILE, or use --method rtn or hqq.")
+    w = drift_target(w, statistics) if drift else w
     importance = statistics.gram.diagonal() if weighted else None
     hooks = GridHooks(fmt, *w.shape, static=static_groups or act_order, importance=importance)
     loop = solve_columns(w, statistics.gram, hooks, damping=damping, act_order=act_order, block=block)
@@ -55,5 +59,13 @@ SPEC = Spec(
     solve=solve,
     format="uint{bits}-{blocks}-search",
     needs_data=True,
-    options={"damping": 0.01, "act_order": True, "static_groups": True, "weighted": True, "refit": True, "block": 64},
+    options={
+        "damping": 0.01,
+        "act_order": True,
+        "static_groups": True,
+        "weighted": True,
+        "refit": True,
+        "drift": True,
+        "block": 64,
+    },
 )

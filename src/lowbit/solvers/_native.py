@@ -1,0 +1,65 @@
+"""A block of columns in C++ (csrc/columns.cpp): what the loops of `_columns` and `_descent` do on plain grids.
+
+The same formulas on the same numbers as the Python loops, strip by strip in the cache. Without the compiled extension,
+and for grids it does not know (tables of their own, other roundings, blocks of several rows), the Python loops run.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.formats import Format, Grid
+from lowbit.formats.levels import thresholds
+
+NONE = torch.empty(0, 0)
+
+
+class NativeGrids:
+    """The grids of a layer as the extension reads them: one row per group, transposed to (groups, out).
+
+    group_of: (in,) group of each visited column
+    """
+
+    def __init__(self, grid: Grid, fmt: Format, group_of: Tensor, out: int) -> None:
+        def across(t: Tensor) -> Tensor:
+            return t.reshape(out, -1).T.contiguous()
+
+        self.group_of = group_of.to(torch.int32)
+        self.scale = across(grid.scale)
+        self.divisor = torch.where(self.scale > 0, self.scale, 1.0)
+        self.zero = NONE if grid.zero is None else across(grid.zero)
+        self.values = fmt.levels.table()
+        integer = fmt.levels.is_integer_range
+        self.thresholds = torch.empty(0) if integer else thresholds(self.values, fmt.rounding)
+        self.real_zero = grid.zero is not None and fmt.zero != "int"
+
+    def feedback(self, columns: Tensor, errors: Tensor, u: Tensor, codes: Tensor, start: int) -> None:
+        """Round columns (n, out), write errors and codes; u (n, n) upper."""
+        self._run(columns, errors, NONE, u, codes, start)
+
+    def descend(self, columns: Tensor, gradient: Tensor, moved: Tensor, h: Tensor, codes: Tensor, start: int) -> None:
+        """Move rounded columns (n, out) to the levels nearest to their optimum, with h (n, n)."""
+        self._run(columns, gradient, moved, h, codes, start)
+
+    def _run(self, columns: Tensor, other: Tensor, moved: Tensor, u: Tensor, codes: Tensor, start: int) -> None:
+        tensors = columns, other, moved, u.contiguous(), codes, self.group_of[start : start + len(columns)]
+        grids = self.scale, self.divisor, self.zero, self.thresholds, self.values
+        arrays = (t.numpy() for t in (*tensors, *grids))
+        extension().solve_columns(*arrays, self.real_zero, torch.get_num_threads())
+
+
+def knows(fmt: Format) -> bool:
+    """Whether the extension can round on this format's grids."""
+    plain = fmt.blocks.rows == 1 and bool(fmt.levels.values) and fmt.rounding == "even"
+    return plain and extension() is not None
+
+
+@cache
+def extension() -> Any:
+    try:
+        from lowbit import _kernels  # type: ignore[attr-defined]
+    except ImportError:
+        return None
+    return _kernels
