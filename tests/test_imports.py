@@ -102,7 +102,9 @@ def allowed(room: str, target: str) -> bool:
         return True
     if room == "runtime":
         return target in RUNTIME_MAY
-    if target in ("runtime", "_kernels"):
+    if target == "_kernels":
+        return room == "solvers" or room in MAY_USE_RUNTIME
+    if target == "runtime":
         return room in MAY_USE_RUNTIME
     if target in SIDEWAYS.get(room, set()):
         return True

@@ -147,13 +147,14 @@ class Walk:
         embedding = self._embedding()
         names = [n for n in self.names if not self._in_blocks(n) and not self._of_head(n)]
         plain, tensors, entries = self._read(names), {}, {}
+        followed = self._first_hidden() if calibrate and not hidden and self.streams == 2 else []
         if embedding is not None and (packed := self._pack_embedding(embedding, calibrate)):
             plain.pop(f"{embedding}.weight")
             tensors, entries = layer_tensors(embedding, packed), {embedding: layer_entry("embedding", packed, False)}
         if not self.store.has("opening"):
             self.store.put("opening", {**tensors, **plain}, {"layers": entries, "plain": list(plain)})
         if calibrate:
-            first = self._first_hidden() * self.streams
+            first = self._first_hidden() + followed
             if not hidden:
                 hidden = first
                 self.store.put_hidden(0, hidden)
@@ -225,7 +226,7 @@ class Walk:
         return 2 if self.recipe.solver_options.get("drift") else 1
 
     def _streams(self, i: int, block: nn.Module, hidden: list[Tensor], recompute: bool) -> list[SequentialForwards]:
-        """Passes through the block that is being solved, and through a float copy of it for the float model's states."""
+        """Passes through the block that is being solved and, to follow the float model, through a float copy of it."""
         n = len(hidden) // self.streams
         own = SequentialForwards(block, hidden[:n], self.calls[i], recompute)
         if self.streams == 1:

@@ -37,9 +37,7 @@ def descend(w: Tensor, q: Tensor, gram: Tensor, hooks: GridHooks, *, damping: fl
         gradient[i2:].addmm_(h[i2:, i1:i2], moved, alpha=-1)
 
 
-def _columns(
-    i1: int, i2: int, columns: Tensor, gradient: Tensor, moved: Tensor, h: Tensor, hooks: GridHooks
-) -> None:
+def _columns(i1: int, i2: int, columns: Tensor, gradient: Tensor, moved: Tensor, h: Tensor, hooks: GridHooks) -> None:
     local, diagonal = gradient[i1:i2], h.diagonal()[i1:i2].tolist()
     for j in range(i1, i2):
         new = hooks.quantize(j, columns[j] + gradient[j] / diagonal[j - i1])

@@ -84,7 +84,7 @@ class GramAccumulator:
 
 
 def drift_target(w: Tensor, statistics: LayerStatistics, damping: float = 0.01) -> Tensor:
-    """The weight whose outputs on x come nearest to the float layer's on x_float: W + W D (H + damping mean(diag) I)^-1.
+    """The weight whose outputs on x come nearest to W x_float: W + W D (H + damping mean(diag H) I)^-1.
 
     |W x_float - Q x|^2 = |(W* - Q) x|^2 + a constant, so a solver that is handed W* also mends what the layers before
     have done to its inputs. w itself where nothing has drifted. Derived; the objective is GPTAQ's (arXiv:2504.02692).
