@@ -6,8 +6,9 @@ Defaults: searched grids weighted by diag H, static groups in act-order (columns
 the mean diagonal, raised tenfold while H cannot be factored; dead inputs get weight 0. `refit` ends with the
 closed-form scales for the codes that were found: rows are independent, so each is a small linear system in its group
 scales (derived; the objective cannot rise).
+`sweeps` of coordinate descent over the codes follow, each with a refit (`_descent`).
 `drift` aims at the float model's outputs instead of the layer's own on its present inputs, so that a layer also mends
-what the layers before it have done: GPTAQ's objective (Li 2025, arXiv:2504.02692), solved by moving the target W.
+what the layers before it have done: the objective of GPTAQ (Li 2025, arXiv:2504.02692), met here by moving the target.
 Cost: O(out * in^2 + in^3); memory about 8 in^2 + 9 out * in floats.
 Source: Frantar 2022 (arXiv:2210.17323); static groups and act-order after the authors' code.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from lowbit.errors import RecipeError
 from lowbit.formats import Format, Grid
 from lowbit.solvers._columns import GridHooks, solve_columns
+from lowbit.solvers._descent import descend
 from lowbit.solvers._refit import refit_scales
 from lowbit.solvers._spec import Solution, Spec
 from lowbit.statistics import LayerStatistics, drift_target
@@ -33,6 +35,7 @@ def solve(
     weighted: bool = True,
     refit: bool = True,
     drift: bool = True,
+    sweeps: int = 2,
     block: int = 64,
 ) -> Solution:
     """Quantize w (out, in) float32 under the layer's Gram matrix. Raises RecipeError without statistics."""
@@ -42,14 +45,21 @@ def solve(
     importance = statistics.gram.diagonal() if weighted else None
     hooks = GridHooks(fmt, *w.shape, static=static_groups or act_order, importance=importance)
     loop = solve_columns(w, statistics.gram, hooks, damping=damping, act_order=act_order, block=block)
-    codes, grid = hooks.result_codes(), hooks.grid
-    if refit and _can_refit(fmt):
-        grid = Grid(refit_scales(w, codes, grid, fmt, statistics.gram, loop.damping), grid.zero)
-    return Solution(codes, grid, fmt, {"damping": loop.damping, "dead": loop.dead})
+    notes = {"damping": loop.damping, "dead": loop.dead}
+    solution = _refitted(w, Solution(hooks.result_codes(), hooks.grid, fmt, notes), statistics.gram, refit)
+    for _ in range(sweeps if hooks.static else 0):
+        hooks.use(solution.grid)
+        descend(w, solution.w_hat(), statistics.gram, hooks, damping=loop.damping)
+        solution = _refitted(w, Solution(hooks.result_codes(), hooks.grid, fmt, notes), statistics.gram, refit)
+    return solution
 
 
-def _can_refit(fmt: Format) -> bool:
-    return fmt.blocks.rows == 1 and bool(fmt.levels.values) and fmt.scale_dtype in ("fp32", "fp16", "bf16")
+def _refitted(w: Tensor, found: Solution, gram: Tensor, refit: bool) -> Solution:
+    fmt = found.format
+    if not (refit and fmt.blocks.rows == 1 and fmt.levels.values and fmt.scale_dtype in ("fp32", "fp16", "bf16")):
+        return found
+    scale = refit_scales(w, found.codes, found.grid, fmt, gram, found.notes["damping"])
+    return Solution(found.codes, Grid(scale, found.grid.zero), fmt, found.notes)
 
 
 SPEC = Spec(
@@ -66,6 +76,7 @@ SPEC = Spec(
         "weighted": True,
         "refit": True,
         "drift": True,
+        "sweeps": 2,
         "block": 64,
     },
 )
