@@ -29,7 +29,7 @@ def descend(w: Tensor, q: Tensor, gram: Tensor, hooks: GridHooks, *, damping: fl
     gradient = h @ (w[:, order].T - columns)
     for i1 in range(0, len(h), block):
         i2 = min(i1 + block, len(h))
-        moved = torch.empty(i2 - i1, columns.shape[1])
+        moved = torch.empty(i2 - i1, columns.shape[1], dtype=columns.dtype)
         if not hooks.descend(i1, i2, columns, gradient, moved, h):
             with one_thread():
                 _columns(i1, i2, columns, gradient, moved, h, hooks)

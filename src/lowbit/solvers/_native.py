@@ -13,7 +13,7 @@ from torch import Tensor
 from lowbit.formats import Format, Grid
 from lowbit.formats.levels import thresholds
 
-NONE = torch.empty(0, 0)
+NONE = torch.empty(0, 0, dtype=torch.float32)
 
 
 class NativeGrids:
@@ -32,7 +32,7 @@ class NativeGrids:
         self.zero = NONE if grid.zero is None else across(grid.zero)
         self.values = fmt.levels.table()
         integer = fmt.levels.is_integer_range
-        self.thresholds = torch.empty(0) if integer else thresholds(self.values, fmt.rounding)
+        self.thresholds = torch.empty(0, dtype=torch.float32) if integer else thresholds(self.values, fmt.rounding)
         self.real_zero = grid.zero is not None and fmt.zero != "int"
 
     def feedback(self, columns: Tensor, errors: Tensor, u: Tensor, codes: Tensor, start: int) -> None:
