@@ -22,7 +22,7 @@ PYTEST := $(PY) -m pytest -q
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all build lint fix wheel sanitize clean
+.PHONY: help demo test test-slow test-all bench build lint fix wheel sanitize clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -38,6 +38,11 @@ test-slow: $(STAMP)  ## the slow tests, one after the other, and the kernel test
 	$(PYTEST) -m slow
 
 test-all: test test-slow  ## every test there is
+
+bench: $(STAMP)  ## time the kernels on this machine, and say what moved since the last `make bench` (build/bench.json)
+	@mkdir -p build && { test -f build/bench.json || echo "no earlier figures: these become the baseline"; }
+	$(BIN)/lowbit bench kernels --threads 1 --threads 2 --save build/bench.new.json `test -f build/bench.json && echo --against build/bench.json`
+	@mv build/bench.new.json build/bench.json
 
 build: $(STAMP)  ## install, and compile the kernels again where they changed
 

@@ -9,6 +9,7 @@
 
 #include "binding.h"
 #include "decoder.h"
+#include "peak.h"
 
 using nb::literals::operator""_a;
 
@@ -180,6 +181,11 @@ void forward(const BoundDecoder& d, lowbit::KeyValueCache& cache, Index tokens, 
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
+  m.def("int8_peak", [](int64_t steps, int n_threads, const std::string& isa) {
+    need(steps >= 1 && steps < kMaxDim && n_threads >= 1, "steps and n_threads must be 1 or more");
+    const nb::gil_scoped_release release;
+    return lowbit::int8_peak(steps, n_threads, isa);
+  }, "steps"_a, "n_threads"_a, "isa"_a, "Multiply-adds done; `isa` as for pick");
   nb::class_<lowbit::KeyValueCache>(m, "KeyValueCache")
       .def_ro("capacity", &lowbit::KeyValueCache::capacity)
       .def("length", [](const lowbit::KeyValueCache& c, int64_t i) {

@@ -176,7 +176,19 @@ def test_lower_rooms_do_not_print_or_read_files(path: Path) -> None:
 @each(front_door=True)
 def test_heavy_packages_are_imported_where_they_are_used(path: Path) -> None:
     """`import lowbit` and `lowbit --help` stay quick."""
-    heavy = {"transformers", "sklearn", "jinja2", "pyarrow", "datasets", "gguf", "sentencepiece", "scipy"}
+    heavy = {
+        "transformers",
+        "sklearn",
+        "jinja2",
+        "pyarrow",
+        "datasets",
+        "gguf",
+        "sentencepiece",
+        "scipy",
+        "onnx",
+        "onnxruntime",
+        "llama_cpp",
+    }
     if room_of(path) not in {"cli", ""}:
         heavy |= {"typer", "rich"}
     tree = ast.parse(path.read_text("utf-8"))

@@ -47,11 +47,12 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         "inspect": run("inspect", out),
         "methods": run("methods"),
         "report": run("report", out),
+        "bench": run("bench", "kernels", "--shape", "1x64x32", "--group", "32", "--format", "uint4", "--seconds", "0"),
         "doctor": run("doctor"),
     }
 
 
-@pytest.mark.parametrize("command", ["compress", "eval", "generate", "inspect", "methods", "report", "doctor"])
+@pytest.mark.parametrize("command", ["compress", "eval", "generate", "inspect", "methods", "report", "bench", "doctor"])
 def test_the_page_names_the_keys(command: str, printed: dict[str, dict[str, Any]]) -> None:
     assert documented(command) == set(printed[command])
 
@@ -63,6 +64,13 @@ def test_the_page_names_the_keys_of_rows(command: str, printed: dict[str, dict[s
     line = next(line for line in section.splitlines() if line.startswith(f"| `{rows}`"))
     keys = {key for row in printed[command][rows] for key in row}
     assert keys <= set(re.findall(r"`(\w+)`", line)), f"docs/json.md, {command}, {rows}"
+
+
+def test_the_page_names_the_keys_of_bench_rows(printed: dict[str, dict[str, Any]]) -> None:
+    section = PAGE.read_text("utf-8").split("\n## bench\n")[1].split("\n## ")[0]
+    row = section.split("A row of `kernels`: ")[1].split("\n\n")[0]
+    assert set(printed["bench"]["rows"][0]) <= set(re.findall(r"`(\w+)`", row))
+    assert set(printed["bench"]["machine"][0]) <= set(re.findall(r"`(\w+)`", section))
 
 
 @pytest.mark.slow

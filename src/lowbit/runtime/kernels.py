@@ -118,6 +118,16 @@ def quantize(x: Tensor, groups: int, isa: "str | None" = None) -> Quantized:
     return out
 
 
+def int8_peak(steps: int) -> int:
+    """Multiply-adds done by `steps` turns of the widest int8 instructions on each of torch's threads; time it."""
+    return int(_call(_extension().int8_peak, steps, _threads(), _forced()))
+
+
+def isa_of(op: str) -> str:
+    """Name of the row that runs one operation."""
+    return str(_call(_extension().pick, _TABLE_OF.get(op, op), _forced()))
+
+
 # ---------------------------------------------------------------- picking a row
 
 

@@ -1,0 +1,193 @@
+"""Time the kernels or a model's generation beside what else one could use, all in one run.
+
+    lowbit bench kernels --threads 1 --threads 2 --shape 1x2048x2048
+    lowbit bench decode --model out --gguf model.gguf
+
+Medians over repeats; candidates take turns. ONNX Runtime and llama.cpp join in where they are installed:
+pip install "lowbit[bench]". --save keeps the rows, --against says what moved since.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowbit.cli._shell import Json, Shell, jsonable, shell
+
+ORDER = 85
+WHAT = ("kernels", "decode")
+
+
+def run(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels or decode.")],
+    shape: Annotated[
+        list[str] | None, typer.Option(help="kernels: tokens x inputs x outputs, as 1x2048x2048. Repeatable.")
+    ] = None,
+    fmt: Annotated[
+        list[str] | None, typer.Option("--format", help="kernels: a level set, as uint4. Repeatable.")
+    ] = None,
+    group: Annotated[int, typer.Option(help="kernels: weights that share a scale; -1 for a row.")] = 128,
+    threads: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; torch's number if left out.")] = None,
+    buffers: Annotated[
+        list[str] | None,
+        typer.Option(help="kernels: rotating (from memory) or resident (from the caches). Repeatable."),
+    ] = None,
+    activations: Annotated[list[str] | None, typer.Option(help="int8 or float; both if left out.")] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="kernels: spent on each figure.")] = 0.3,
+    model: Annotated[Path | None, typer.Option(help="decode: a compressed folder.")] = None,
+    float_model: Annotated[str | None, typer.Option(help="decode: its float model, run by transformers.")] = None,
+    gguf: Annotated[list[Path] | None, typer.Option(help="decode: files for llama.cpp. Repeatable.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=8, help="decode: length of the prompt.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=4, help="decode: tokens of the answer.")] = 64,
+    kv_bits: Annotated[list[int] | None, typer.Option(help="decode: 32 or 8. Repeatable.")] = None,
+    no_module: Annotated[bool, typer.Option("--no-module", help="decode: leave out the model's own forward.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Write the rows to this file, a later --against.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Rows of an earlier run: say what moved.")] = None,
+    as_json: Json = False,
+) -> None:
+    from lowbit.errors import RecipeError
+
+    sh = shell()
+    if what not in WHAT:
+        raise RecipeError(f"there is no bench {what!r}. Use one of {', '.join(WHAT)}.")
+    counts = threads or [_torch_threads()]
+    ways = _ways(activations)
+    with sh.progress(what) as step:
+        if what == "kernels":
+            found = _kernels(sh, shape, fmt, group, counts, buffers, ways, seconds, step)
+        else:
+            found = _decode(
+                sh, model, float_model, gguf, counts, prompt_tokens, max_tokens, kv_bits, ways, no_module, step
+            )
+    _show(sh, what, found)
+    if against is not None:
+        found["moved"] = _moved(sh, found["rows"], against)
+    if save is not None:
+        save.write_text(
+            json.dumps(jsonable({k: found[k] for k in ("cpu", "machine", "rows")}), indent=1) + "\n", "utf-8"
+        )
+    sh.result(found)
+
+
+def _torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _ways(activations: "list[str] | None") -> list[str]:
+    from lowbit.errors import RecipeError
+
+    ways = activations or ["int8", "float"]
+    if wrong := [w for w in ways if w not in ("int8", "float")]:
+        raise RecipeError(f"--activations {wrong[0]} is unknown. Use int8 or float.")
+    return ways
+
+
+def _kernels(sh: Shell, shape: Any, fmt: Any, group: int, counts: list[int], buffers: Any, ways: list[str],
+             seconds: float, step: Any) -> dict[str, Any]:  # fmt: skip
+    from lowbit.bench import kernels
+    from lowbit.errors import RecipeError
+
+    shapes = [kernels.Shape.parse(s) for s in shape] if shape else kernels.SHAPES
+    kinds = buffers or list(kernels.BUFFERS)
+    if wrong := [b for b in kinds if b not in kernels.BUFFERS]:
+        raise RecipeError(f"--buffers {wrong[0]} is unknown. Use {' or '.join(kernels.BUFFERS)}.")
+    found = kernels.bench_kernels(shapes, fmt or kernels.FORMATS, counts, group, kinds, ways, seconds, progress=step)
+    return {"what": "kernels", "cpu": _cpu(), "moved": None, **found}
+
+
+def _decode(sh: Shell, model: "Path | None", float_model: "str | None", gguf: "list[Path] | None",
+            counts: list[int], prompt: int, tokens: int, kv_bits: Any, ways: list[str], no_module: bool,
+            step: Any) -> dict[str, Any]:  # fmt: skip
+    from lowbit.bench import rivals
+    from lowbit.bench.decode import bench_decode
+    from lowbit.bench.machine import measure_machine
+    from lowbit.cli._models import open_runnable
+    from lowbit.errors import DataError, RecipeError
+
+    if model is None:
+        raise RecipeError("bench decode needs a compressed model: lowbit bench decode --model OUT.")
+    if missing := [p for p in gguf or [] if not p.is_file()]:
+        raise DataError(f"{missing[0]} is no file. Give a .gguf file for llama.cpp.")
+    if gguf and not rivals.installed("llama_cpp"):
+        sh.note('llama.cpp is left out: pip install "lowbit[bench]" brings it.')
+    other = open_runnable(float_model).model if float_model else None
+    found = bench_decode(
+        open_runnable(str(model)).model, other, gguf or [], counts, prompt, tokens, kv_bits or [32], ways,
+        not no_module, progress=step,
+    )  # fmt: skip
+    return {
+        "what": "decode",
+        "cpu": _cpu(),
+        "moved": None,
+        "machine": [measure_machine(c).as_dict() for c in counts],
+    } | found
+
+
+def _cpu() -> str:
+    from lowbit.cli.doctor import cpu_name
+
+    return cpu_name()
+
+
+def _show(sh: Shell, what: str, found: dict[str, Any]) -> None:
+    for m in found["machine"]:
+        sh.say(f"{found['cpu']}, {m['threads']} threads: copies {m['copy_gbytes_per_second']:.1f} GB/s, adds up "
+               f"{m['int8_gmacs_per_second']:.0f} G int8 products/s ({m['isa']})")  # fmt: skip
+    if what == "decode":
+        columns = [
+            "what",
+            "activations",
+            ">cache bits",
+            ">threads",
+            ">prompt tokens/s",
+            ">answer tokens/s",
+            ">x llama.cpp",
+        ]
+        sh.table(columns, [_decode_cells(r) for r in found["rows"]])
+        return
+    columns = ["shape", "buffers", ">threads", "format", "activations", "row", ">ms", ">x torch", ">x bf16", ">x ORT",
+               ">GMAC/s", ">of peak", ">GB/s", ">of copy"]  # fmt: skip
+    sh.table(columns, [
+        (f"{r['m']}x{r['k']}x{r['n']}", r["buffers"], r["threads"], r["format"], r["activations"], r["isa"],
+         f"{r['ms']:.3f}", _times(r["speedup"]), _times(r["bf16_speedup"]), _times(r["onnxruntime_speedup"]),
+         f"{r['gmacs_per_second']:.1f}", f"{100 * r['fraction_of_peak']:.0f} %", f"{r['gbytes_per_second']:.1f}",
+         f"{100 * r['fraction_of_copy']:.0f} %") for r in found["rows"]
+    ])  # fmt: skip
+
+
+def _decode_cells(r: dict[str, Any]) -> tuple[Any, ...]:
+    rates = f"{r['prefill_tokens_per_second']:.0f}", f"{r['decode_tokens_per_second']:.1f}"
+    return (
+        r["what"],
+        r["activations"] or "",
+        r["kv_bits"] or "",
+        r["threads"],
+        *rates,
+        _times(r["decode_against_llama_cpp"]),
+    )
+
+
+def _times(ratio: "float | None") -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def _moved(sh: Shell, rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    from lowbit.bench.baseline import compare_rows, moved
+    from lowbit.errors import DataError
+
+    try:
+        before = json.loads(path.read_text("utf-8"))
+        entries = compare_rows(rows, before["rows"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{path} does not hold the rows of an earlier run. Make one with --save {path}.") from e
+    if before.get("cpu") != _cpu():
+        sh.note(f"{path} was made on another processor ({before.get('cpu')}): this compares machines.")
+    told = [t for t in entries if moved(t) not in ("same", "new")]
+    for t in told:
+        name = " ".join(str(v) for k, v in t.items() if k not in ("ms", "baseline_ms", "ratio") and v is not None)
+        sh.say(f"{moved(t)}: {name}: {t['baseline_ms']:.3f} -> {t['ms']:.3f} ms ({t['ratio']:.2f}x)")
+    sh.say(f"{len(told)} of {len(entries)} rows moved by more than 10 % against {path}.")
+    return entries
