@@ -1,16 +1,117 @@
-// AVX2 rows of `decode` (equal to scalar bit for bit) and `linear_float`.
+// AVX2 rows of `decode` (equal to scalar bit for bit) and `linear_float`: float_rows.inc with 8 lanes. Up to 8 levels
+// are one register and one shuffle, 16 are two and a blend; integers of more bits are computed, other levels gathered.
 //
-// linear_float: a slab of a few rows of w is decoded into a scratch of at most 60 KiB, then a register block of
-// MR x NR dot products runs down K with one 8-lane accumulator each. Every y[m,n] is summed in the same order
-// whatever the tile, so it does not depend on M, on n or on the threads. Against scalar:
-//   |y - y_scalar| <= (K/8 + 12) * 2^-24 * sum_k |x*w_hat|   (lane sums, then a tree of 8, then K/640 partial sums).
+//   |y - y_scalar| <= (K/8 + 12) * 2^-24 * sum_k |x*w_hat|   (sums of at most 80 in a lane, a tree of 8, partial sums)
 #include "avx2.h"
+#include "float_rows.h"
 
 #if LOWBIT_X86
-#include <algorithm>
+
+#define LOWBIT_FN LOWBIT_AVX2
+#define LOWBIT_INLINE LOWBIT_AVX2_INLINE
+#if defined(_MSC_VER) && !defined(__clang__)
+#define LOWBIT_INLINE_MEMBER __forceinline
+#define LOWBIT_UNROLL
+#else
+#define LOWBIT_INLINE_MEMBER inline __attribute__((target("avx2,fma"), always_inline))
+#define LOWBIT_UNROLL _Pragma("GCC unroll 4")
+#endif
 
 namespace lowbit {
 namespace {
+
+constexpr int W = 8;
+using F = __m256;
+using I = __m256i;
+
+constexpr int kTokens = 4, kRowsAtOnce = 3;  // 12 sums, 3 rows of w and a token: 16 registers
+constexpr int64_t kSlabRows = 12;
+
+LOWBIT_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+LOWBIT_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+LOWBIT_INLINE F zeros() { return _mm256_setzero_ps(); }
+LOWBIT_INLINE F set1(float v) { return _mm256_set1_ps(v); }
+LOWBIT_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+LOWBIT_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+LOWBIT_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+LOWBIT_INLINE F fmadd(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+LOWBIT_INLINE F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+LOWBIT_INLINE I low_byte(I v) { return _mm256_and_si256(v, _mm256_set1_epi32(255)); }
+LOWBIT_INLINE I shift_right(I v, int n) { return _mm256_srli_epi32(v, n); }
+
+LOWBIT_INLINE float sum(F v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// count numbers, each for 2^shift lanes
+LOWBIT_INLINE F spread(const float* p, int64_t count, int shift) {
+  const F v = _mm256_maskload_ps(p, first_lanes(count));
+  const I lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_permutevar8x32_ps(v, _mm256_srl_epi32(lane, _mm_cvtsi32_si128(shift)));
+}
+
+constexpr int64_t kReads = kUnpackReads;  // bytes one load of codes may read
+LOWBIT_INLINE I load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
+
+// 32 codes as bytes
+template <int B>
+LOWBIT_INLINE I bytes_of(const uint8_t* p) {
+  if (B == 8) return load_codes(p);
+  const UnpackPlan& plan = kUnpackPlans[B];
+  return unpack32(p, B, _mm256_load_si256(reinterpret_cast<const I*>(plan.shuffle)),
+                  _mm256_load_si256(reinterpret_cast<const I*>(plan.multiply)),
+                  _mm256_set1_epi16(static_cast<short>((1 << B) - 1)));
+}
+
+LOWBIT_INLINE F mini(I code, const Mini& f) {
+  const I i = _mm256_min_epi32(_mm256_sub_epi32(code, _mm256_set1_epi32(f.middle)), _mm256_set1_epi32(f.top));
+  const I a = _mm256_abs_epi32(i);
+  const I bits = _mm256_add_epi32(_mm256_sllv_epi32(a, _mm256_set1_epi32(f.shift)), _mm256_set1_epi32(f.bias));
+  const I normal = _mm256_cmpgt_epi32(a, _mm256_set1_epi32(f.limit - 1));
+  const F v = _mm256_blendv_ps(mul(to_float(a), set1(f.smallest)), _mm256_castsi256_ps(bits), _mm256_castsi256_ps(normal));
+  return _mm256_or_ps(v, _mm256_and_ps(_mm256_castsi256_ps(i), set1(-0.0f)));
+}
+
+template <int B>
+struct Table {
+  static constexpr int kRegisters = B == 4 ? 2 : 1;
+  F t[kRegisters];
+  const float* all;
+
+  LOWBIT_INLINE_MEMBER void load(const float* table) {
+    all = table;
+    if (B >= 3) {
+      for (int i = 0; i < kRegisters; ++i) t[i] = _mm256_loadu_ps(table + 8 * i);
+    } else {  // repeated: what the bits above a code are does not matter
+      const I lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+      t[0] = _mm256_permutevar8x32_ps(_mm256_maskload_ps(table, first_lanes(1 << B)),
+                                      _mm256_and_si256(lane, _mm256_set1_epi32((1 << B) - 1)));
+    }
+  }
+  LOWBIT_INLINE_MEMBER Table map(F z, F s) const {
+    Table r;
+    for (int i = 0; i < kRegisters; ++i) r.t[i] = _mm256_mul_ps(_mm256_sub_ps(t[i], z), s);
+    return r;
+  }
+  LOWBIT_INLINE_MEMBER F at_in_lane(I code) const { return _mm256_permutevar_ps(t[0], code); }
+  LOWBIT_INLINE_MEMBER F at(I code) const {
+    if constexpr (B <= 3) {
+      return _mm256_permutevar8x32_ps(t[0], code);
+    } else if constexpr (B == 4) {  // bit 3 of the code, moved to the sign, picks the half
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t[0], code), _mm256_permutevar8x32_ps(t[1], code),
+                              _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+    } else {
+      return _mm256_i32gather_ps(all, low_byte(code), 4);
+    }
+  }
+};
+
+
+void decode_natural(const Weights& w, int64_t n, int64_t k0, int64_t k1, float* out) { decode_avx2(w, n, k0, k1, out); }
+
+#include "float_rows.inc"
 
 enum class Kind { kEight, kSixteen, kAffine, kGather };
 
@@ -19,14 +120,6 @@ struct Lookup {
   const float* table;
   float base, step;
 };
-
-// int formats of any width are affine in the code. Used only where it gives the table's values exactly.
-bool is_affine(const float* table, int count) {
-  const float base = table[0], step = table[1] - table[0];
-  for (int c = 0; c < count; ++c)
-    if (!(table[c] == base + static_cast<float>(c) * step)) return false;
-  return true;
-}
 
 Lookup lookup_for(const Weights& w, int64_t n) {
   const float* t = w.table_row(n);
@@ -97,83 +190,13 @@ LOWBIT_AVX2 void decode_with(const Weights& w, const Lookup& lk, int64_t n, int6
   }
 }
 
-LOWBIT_AVX2_INLINE float sum8(__m256 v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-
-// y[MR,NR] (+)= x[MR,kc] w[NR,kc]^T
-template <int MR, int NR>
-LOWBIT_AVX2_INLINE void block(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t kc, float* y,
-                              int64_t ldy, bool first) {
-  __m256 acc[MR][NR];
-  for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < NR; ++n) acc[m][n] = _mm256_setzero_ps();
-  int64_t k = 0;
-  for (; k + 8 <= kc; k += 8) {
-    __m256 b[NR];
-    for (int n = 0; n < NR; ++n) b[n] = _mm256_loadu_ps(w + n * ldw + k);
-    for (int m = 0; m < MR; ++m) {
-      const __m256 a = _mm256_loadu_ps(x + m * ldx + k);
-      for (int n = 0; n < NR; ++n) acc[m][n] = _mm256_fmadd_ps(a, b[n], acc[m][n]);
-    }
-  }
-  if (k < kc) {  // the last 1..7 columns: neither x nor the scratch is read past its end
-    const __m256i mask = first_lanes(kc - k);
-    for (int m = 0; m < MR; ++m) {
-      const __m256 a = _mm256_maskload_ps(x + m * ldx + k, mask);
-      for (int n = 0; n < NR; ++n)
-        acc[m][n] = _mm256_fmadd_ps(a, _mm256_maskload_ps(w + n * ldw + k, mask), acc[m][n]);
-    }
-  }
-  for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < NR; ++n) {
-      float* to = y + m * ldy + n;
-      const float sum = sum8(acc[m][n]);
-      *to = first ? sum : *to + sum;
-    }
-}
-
-template <int MR, int NR>
-LOWBIT_AVX2 void strip(const float* x, int64_t ldx, const float* w, int64_t ldw, int64_t kc, int64_t rows, float* y,
-                       int64_t ldy, bool first) {
-  int64_t n = 0;
-  for (; n + NR <= rows; n += NR) block<MR, NR>(x, ldx, w + n * ldw, ldw, kc, y + n, ldy, first);
-  for (; n < rows; ++n) block<MR, 1>(x, ldx, w + n * ldw, ldw, kc, y + n, ldy, first);
-}
-
-constexpr int64_t kSlabRows = 24, kSlabCols = 640;
-
 }  // namespace
 
 LOWBIT_AVX2 void decode_avx2(const Weights& w, int64_t n, int64_t k0, int64_t k1, float* out) {
   decode_with(w, lookup_for(w, n), n, k0, k1, out);
 }
 
-LOWBIT_AVX2 void linear_float_avx2(const Weights& w, const float* x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
-                                   float* y) {
-  alignas(32) float slab[kSlabRows * kSlabCols];
-  const int64_t parts = (w.k + kSlabCols - 1) / kSlabCols;            // K in equal parts, each a multiple of 8
-  const int64_t kc = ((w.k + parts - 1) / parts + 7) / 8 * 8;         // <= kSlabCols
-  const int64_t slab_rows = m1 - m0 == 1 ? 8 : kSlabRows;             // one token: keep the slab in L1
-  Lookup lk = lookup_for(w, n0);
-  for (int64_t n = n0; n < n1; n += slab_rows) {
-    const int64_t rows = std::min(slab_rows, n1 - n);
-    for (int64_t k = 0; k < w.k; k += kc) {
-      const int64_t cols = std::min(kc, w.k - k);
-      for (int64_t i = 0; i < rows; ++i) {
-        if (w.table_rows > 1) lk = lookup_for(w, n + i);
-        decode_with(w, lk, n + i, k, k + cols, slab + i * kc);
-      }
-      const bool first = k == 0;
-      int64_t m = m0;
-      for (; m + 4 <= m1; m += 4) strip<4, 3>(x + m * w.k + k, w.k, slab, kc, cols, rows, y + m * w.n + n, w.n, first);
-      for (; m + 2 <= m1; m += 2) strip<2, 4>(x + m * w.k + k, w.k, slab, kc, cols, rows, y + m * w.n + n, w.n, first);
-      for (; m < m1; ++m) strip<1, 8>(x + m * w.k + k, w.k, slab, kc, cols, rows, y + m * w.n + n, w.n, first);
-    }
-  }
-}
+const LinearFloat linear_float_avx2 = {arranged, arrange, tile};
 
 }  // namespace lowbit
 #endif

@@ -69,8 +69,14 @@ struct Activations {
 // One table per operation; a row is one instruction set. Every fn works on a tile, so that threads (linear.cpp)
 // only decide who computes which tile, never how: results do not depend on the number of threads.
 using DecodeFn = void (*)(const Weights&, int64_t n, int64_t k0, int64_t k1, float* out);  // k0 a multiple of 8
-using LinearFloatFn = void (*)(const Weights&, const float* x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
-                               float* y);  // x [M,K], y [M,N]; writes the tile [m0,m1) x [n0,n1)
+// A row may want the columns of x in an order of its own: then x is [M, columns(w)], made token by token.
+struct LinearFloat {
+  int64_t (*columns)(const Weights&);                         // null: x as it is, [M,K]
+  void (*arrange)(const Weights&, const float* x, float* out);  // one token
+  void (*tile)(const Weights&, const float* x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+               float* y);  // y [M,N]; writes the tile [m0,m1) x [n0,n1)
+};
+using LinearFloatFn = const LinearFloat*;
 using QuantizeFn = void (*)(const float* x, const Segments&, int8_t* q, float* scale, int32_t* sum);  // one token
 using LinearInt8Fn = void (*)(const Weights&, const Segments&, const Activations&, int64_t m0, int64_t m1, int64_t n0,
                               int64_t n1, float* y);

@@ -38,9 +38,23 @@ void decode_rows(const Weights& w, const int64_t* rows, int64_t count, float* ou
 }
 
 void linear_float(const Weights& w, const float* x, int64_t m, float* y, int n_threads, const std::string& force) {
-  const LinearFloatFn fn = pick(kLinearFloat, force).fn;
-  for_tiles(0, m, w.n, threads_for(m * w.n * w.k, n_threads),
-            [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) { fn(w, x, m0, m1, n0, n1, y); });
+  static thread_local std::vector<float> arranged;
+  const LinearFloat& row = *pick(kLinearFloat, force).fn;
+  const int64_t chunk = std::min(m, kChunkM), columns = row.columns ? row.columns(w) : 0;
+  if (static_cast<int64_t>(arranged.size()) < chunk * columns) arranged.resize(static_cast<size_t>(chunk * columns));
+  float* const xa = arranged.data();
+  for (int64_t c = 0; c < m; c += chunk) {
+    const int64_t tokens = std::min(m - c, chunk);
+    const float* xc = x + c * w.k;
+    float* yc = y + c * w.n;
+    if (columns)
+      parallel_for(tokens, threads_for(tokens * w.k * 4, n_threads),
+                   [&](int64_t i) { row.arrange(w, xc + i * w.k, xa + i * columns); });
+    for_tiles(0, tokens, w.n, threads_for(tokens * w.n * w.k, n_threads),
+              [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
+                row.tile(w, columns ? xa : xc, m0, m1, n0, n1, yc);
+              });
+  }
 }
 
 void linear_int8(const Weights& w, const float* x, int64_t m, float* y, int n_threads, const std::string& force) {

@@ -60,7 +60,12 @@ uint32_t detect() { return 0; }
 #endif
 
 const Row<DecodeFn> kDecodeRows[] = {LOWBIT_ROWS(decode)};
-const Row<LinearFloatFn> kLinearFloatRows[] = {LOWBIT_ROWS(linear_float)};
+const Row<LinearFloatFn> kLinearFloatRows[] = {
+#if LOWBIT_X86
+    {"avx512", kAvx2 | kAvx512 | kVbmi, &linear_float_avx512},
+    {"avx2", kAvx2, &linear_float_avx2},
+#endif
+    {"scalar", 0, &linear_float_scalar}};
 const Row<QuantizeFn> kQuantizeRows[] = {LOWBIT_ROWS(quantize)};
 const Row<LinearInt8Fn> kLinearInt8Rows[] = {LOWBIT_ROWS(linear_int8)};
 

@@ -32,7 +32,8 @@ void decode_scalar(const Weights& w, int64_t n, int64_t k0, int64_t k1, float* o
 }
 
 // y = sum_k x*w_hat, w_hat as float32, products and sum in double, one rounding at the end.
-void linear_float_scalar(const Weights& w, const float* x, int64_t m0, int64_t m1, int64_t n0, int64_t n1, float* y) {
+static void linear_float_tile(const Weights& w, const float* x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+                              float* y) {
   std::vector<float> wn(static_cast<size_t>(w.k));
   for (int64_t n = n0; n < n1; ++n) {
     decode_scalar(w, n, 0, w.k, wn.data());
@@ -43,6 +44,7 @@ void linear_float_scalar(const Weights& w, const float* x, int64_t m0, int64_t m
     }
   }
 }
+const LinearFloat linear_float_scalar = {nullptr, nullptr, linear_float_tile};
 
 // Per segment: a = max|x|, q = round_to_even(x * (127/a)), scale = a/127. |q| <= 127, since x*(127/a) is at most
 // 127 plus a rounding error far below 0.5. A segment with Inf or NaN gets scale NaN, so that y shows it.
