@@ -66,6 +66,15 @@ def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, A
     return out[0] if isinstance(out, tuple) else out
 
 
+def run_block_with(
+    block: nn.Module, weights: dict[str, Tensor], hidden: Tensor, args: tuple, kwargs: dict[str, Any]
+) -> Tensor:
+    """As `run_block`, with other weights (layer -> (out, in)) in place of the block's own; gradients reach them."""
+    stored = {f"{n}.weight": w.T if layer_type(block.get_submodule(n)) == "conv1d" else w for n, w in weights.items()}
+    out = torch.func.functional_call(block, stored, (hidden, *args), kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
 def block_calls(
     model: nn.Module, blocks: nn.ModuleList, batch: dict[str, Tensor]
 ) -> "list[tuple[tuple, dict[str, Any]]]":

@@ -64,6 +64,10 @@ class SequentialForwards:
         self.passes = []
         return self.hidden
 
+    def restart(self) -> None:
+        """Forget the paused passes: outputs are computed from the beginning of the block."""
+        self.passes = []
+
     def _pass(self, i: int) -> Tensor:
         return run_block(self.block, self.hidden[i], *self.call)
 

@@ -27,6 +27,7 @@ from lowbit.pipeline.blocks import (
     layer_type,
     linear_layers,
     run_block,
+    run_block_with,
 )
 from lowbit.pipeline.checkpoint import Entries, Store
 from lowbit.pipeline.describe import layer_entry, layer_errors, layer_tensors
@@ -40,6 +41,7 @@ from lowbit.sources import ModelSource, check_finite, drop, set_tensor
 from lowbit.statistics import GramAccumulator, LayerStatistics
 
 Progress = Callable[[dict[str, Any]], None]
+Started = dict[str, tuple[Solution, LayerStatistics]]  # layer name in its block -> start for tuning, its statistics
 Solved = dict[str, tuple[Entries, QuantizedTensor]]  # full layer name -> (entry of the manifest, quantized tensor)
 
 
@@ -212,18 +214,46 @@ class Walk:
         if self.recipe.solver.smooth is not None:
             return self._solve_smoothed(i, block, groups, hidden)
         solved: Solved = {}
+        started: Started = {}
         streams = self._streams(i, block, hidden, recompute)
         for group in groups:
             width = layer_matrix(block.get_submodule(group[0])).shape[1]
             statistics = _accumulate(zip(*(s.inputs(group[0]) for s in streams), strict=True), width)
-            solved |= self._solve_group(i, block, group, statistics)
+            if self.recipe.solver.tune is None:
+                solved |= self._solve_group(i, block, group, statistics)
+            else:
+                started |= {n: (s, statistics) for n, s in self._solutions(i, block, group, statistics).items()}
+                _put_in_place(block, {n: started[n][0] for n in group if n in started})
+        if started:
+            solved = self._tuned(i, started, streams, hidden)
         hidden[:] = [h for s in streams for h in s.outputs()]
         return solved | self._solve_group(i, block, unused, None)
 
+    def _tuned(self, i: int, started: Started, streams: list[SequentialForwards], hidden: list[Tensor]) -> Solved:
+        """Solutions of a whole block, bettered on its outputs. The float copy's outputs are the target."""
+        own, floats = streams
+        block, targets = own.block.requires_grad_(False), floats.outputs()
+        w = {n: layer_matrix(floats.block.get_submodule(n)).detach() for n in started}
+
+        def forward(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+            return run_block_with(block, weights, x, *self.calls[i])
+
+        tune, options = self.recipe.solver.tune, self.recipe.solver_options
+        assert tune is not None
+        starts = {n: (s, w[n]) for n, (s, _) in started.items()}
+        found = tune(starts, forward, hidden[: len(targets)], targets, seed=self.recipe.seed + i, **options)
+        own.restart()
+        solved: Solved = {}
+        for name, (start, statistics) in started.items():
+            layer = block.get_submodule(name)
+            layer_matrix(layer).copy_(w[name])
+            solved[f"{self.prefix}.{i}.{name}"] = self._finish(i, name, layer, found.get(name, start), statistics)
+        return solved
+
     @property
     def streams(self) -> int:
-        """How many sets of hidden states are carried: the compressed model's, and the float model's for `drift`."""
-        return 2 if self.recipe.solver_options.get("drift") else 1
+        """How many sets of hidden states are carried: the own one, and the float model's where that is the aim."""
+        return 2 if self.recipe.solver_options.get("drift") or self.recipe.solver.tune else 1
 
     def _streams(self, i: int, block: nn.Module, hidden: list[Tensor], recompute: bool) -> list[SequentialForwards]:
         """Passes through the block that is being solved and, to follow the float model, through a float copy of it."""
@@ -279,8 +309,17 @@ class Walk:
         return {n: s.finish() for n, s in sums.items()}
 
     def _solve_group(self, i: int, block: nn.Module, group: list[str], statistics: "LayerStatistics | None") -> Solved:
-        """Solve layers that share an input (stacked where their formats allow), put the rounded weights in place."""
-        solved: Solved = {}
+        """Solve layers that share an input, describe them and put the rounded weights in place."""
+        return {
+            f"{self.prefix}.{i}.{name}": self._finish(i, name, block.get_submodule(name), solution, statistics)
+            for name, solution in self._solutions(i, block, group, statistics).items()
+        }
+
+    def _solutions(
+        self, i: int, block: nn.Module, group: list[str], statistics: "LayerStatistics | None"
+    ) -> dict[str, Solution]:
+        """Solve layers that share an input, stacked where their formats allow."""
+        solutions: dict[str, Solution] = {}
         for names, fmt in self._stacks(i, group, statistics is not None):
             layers = [block.get_submodule(n) for n in names]
             w = torch.cat([layer_matrix(m) for m in layers]).contiguous()
@@ -288,11 +327,9 @@ class Walk:
             start = 0
             for name, layer in zip(names, layers):
                 rows = layer_matrix(layer).shape[0]
-                part = solution if len(layers) == 1 else solution.rows(start, start + rows)
+                solutions[name] = solution if len(layers) == 1 else solution.rows(start, start + rows)
                 start += rows
-                full = f"{self.prefix}.{i}.{name}"
-                solved[full] = self._finish(i, full, layer, part, statistics)
-        return solved
+        return solutions
 
     def _stacks(self, i: int, group: list[str], shared: bool) -> "list[tuple[list[str], Format]]":
         """Layers to solve together: same input, same format, scales that do not reach over rows."""
@@ -305,9 +342,10 @@ class Walk:
         return list(stacks.values())
 
     def _finish(
-        self, i: int, full: str, layer: nn.Module, solution: Solution, statistics: "LayerStatistics | None"
+        self, i: int, name: str, layer: nn.Module, solution: Solution, statistics: "LayerStatistics | None"
     ) -> tuple[Entries, QuantizedTensor]:
         """Describe one solved layer and give it its rounded weight."""
+        full = f"{self.prefix}.{i}.{name}"
         w, kind = layer_matrix(layer), layer_type(layer)
         q = solution.quantized()
         w_hat = q.dequantize()
@@ -389,6 +427,11 @@ def _accumulate(inputs: "Iterable[tuple[Tensor, ...]]", size: int) -> LayerStati
     for both in inputs:
         gram.add(*both)
     return gram.finish()
+
+
+def _put_in_place(block: nn.Module, solutions: dict[str, Solution]) -> None:
+    for name, solution in solutions.items():
+        layer_matrix(block.get_submodule(name)).copy_(solution.w_hat())
 
 
 def _module_name(model: nn.Module, wanted: Any) -> "str | None":

@@ -95,6 +95,7 @@ class Spec:
     needs_data: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     smooth: "Callable[[list[Tensor], LayerStatistics, Format], Tensor] | None" = None  # AWQ: per-input-channel scaling
+    tune: "Callable[..., dict[str, Solution]] | None" = None  # a block's solutions against the block's float outputs
     kind: str = "solver"
 
     def default_format(self, bits: int, group: int) -> Format:

@@ -83,7 +83,7 @@ class GramAccumulator:
         return LayerStatistics(gram, (self.abs_sum / self.tokens).float(), self.tokens, drift)
 
 
-def drift_target(w: Tensor, statistics: LayerStatistics, damping: float = 0.01) -> Tensor:
+def drift_target(w: Tensor, statistics: LayerStatistics, damping: float = 0.1) -> Tensor:
     """The weight whose outputs on x come nearest to W x_float: W + W D (H + damping mean(diag H) I)^-1.
 
     |W x_float - Q x|^2 = |(W* - Q) x|^2 + a constant, so a solver that is handed W* also mends what the layers before
