@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lowbit.errors import RecipeError, near_names
 from lowbit.formats import Format
-from lowbit.solvers import Spec, find
+from lowbit.solvers import Spec, find, table
 
 
 class LayerRule(BaseModel):
@@ -55,6 +55,9 @@ class Recipe(BaseModel):
         for name, value in fields.items():  # YAML reads yes, no, on and off as these, and they would count as 1 and 0
             if isinstance(value, bool):
                 raise RecipeError(f"recipe field {name}={value!r}: no field is true or false; leave it out.")
+        spec = table().get(fields.get("method", "gptq"))
+        for name in ("bits", "group") if spec is not None and not fields.get("format") else ():
+            fields.setdefault(name, getattr(spec, name))  # the method's usual ones
         try:
             super().__init__(**fields)
         except ValidationError as e:

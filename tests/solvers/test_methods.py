@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit.errors import RecipeError
+from lowbit.errors import FormatError, RecipeError
 from lowbit.formats import Format, Grid, decode, encode, fit
 from lowbit.solvers import find, table
 from lowbit.solvers.awq import channel_scale, smooth
@@ -19,8 +19,13 @@ def heavy_tailed(rows: int = 64, cols: int = 64) -> torch.Tensor:
 def test_every_method_has_a_source_a_format_and_a_docstring():
     for name, spec in table().items():
         assert spec.source and spec.title
-        assert spec.default_format(4, 64).blocks.cols == 64
-        assert spec.default_format(4, -1).blocks.cols == -1
+        bits = spec.bits if spec.widths else 4
+        assert spec.default_format(bits, 64).blocks.cols == 64
+        assert spec.default_format(bits, -1).blocks.cols == -1
+        assert spec.default_format(spec.bits, spec.group)
+        if spec.widths:
+            with pytest.raises(FormatError, match="leave --bits out"):
+                spec.default_format(8, 64)
         assert spec.solve.__doc__, name
 
 
@@ -30,9 +35,10 @@ def test_unknown_method_names_the_near_ones():
 
 
 def test_methods_that_need_data_say_so():
-    for name in ("gptq", "awq"):
-        with pytest.raises(RecipeError, match="--data"):
-            find(name).solve(torch.randn(4, 8), None, Format.parse("uint4-g8"))
+    for name, spec in table().items():
+        if spec.needs_data:
+            with pytest.raises(RecipeError, match="--data"):
+                find(name).solve(torch.randn(4, 8), None, spec.default_format(spec.bits, 8))
 
 
 def test_searched_rtn_is_never_worse_in_its_own_norm():
@@ -141,7 +147,8 @@ def test_no_weights_and_no_inputs_break_a_method(name, weights, inputs):
     """The answer is finite; of the method that minimises the output error, it is no worse than no weights at all."""
     w = WEIGHTS[weights]()
     stats = statistics(INPUTS[inputs](torch.randn(100, w.shape[1])))
-    fmt = find(name).default_format(4, 16 if w.shape[1] > 1 else -1)
+    spec = find(name)
+    fmt = spec.default_format(spec.bits if spec.widths else 4, 16 if w.shape[1] > 1 else -1)
     w_hat = find(name).solve(w, stats, fmt).quantized().dequantize()
     assert torch.isfinite(w_hat).all()
     if name == "gptq":

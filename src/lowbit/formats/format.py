@@ -23,7 +23,7 @@ from lowbit.formats import scales
 from lowbit.formats.blocks import Blocks
 from lowbit.formats.kmeans import kmeans_table, shared_table
 from lowbit.formats.levels import ROUNDINGS, LevelSet, levels
-from lowbit.formats.stores import SCALE_DTYPES, double_scale
+from lowbit.formats.stores import BILEVEL, SCALE_DTYPES, double_scale
 
 ZEROS = ("none", "int", "real")
 TABLE_RULES = ("kmeans", "shared")
@@ -98,7 +98,7 @@ class Format:
         object.__setattr__(self, "scale_rule", self.scale_rule or self._default_rule(defaults["rule"]))
         for value, known, what in (
             (self.scale_rule, (*scales.RULES, *TABLE_RULES), "scale rule"),
-            (self.scale_dtype, SCALE_DTYPES, "scale dtype"),
+            (self.scale_dtype, (*SCALE_DTYPES, BILEVEL), "scale dtype"),
             (self.zero, ZEROS, "zero"),
             (self.rounding, ROUNDINGS, "rounding"),
         ):
@@ -113,6 +113,8 @@ class Format:
 
     def _check_sense(self) -> None:
         name, rule = self.levels.name, self.scale_rule
+        if self.scale_dtype == BILEVEL and (self.zero == "int" or rule in TABLE_RULES):
+            raise FormatError(f"{name}: {BILEVEL} keeps scales and real zeros: use zreal, or levels without a zero.")
         if (self.levels.values == ()) != (rule in TABLE_RULES):
             raise FormatError(
                 "k-means levels go with the rule 'kmeans' (a table for each block), which need not be named, "
@@ -182,6 +184,8 @@ def fit(w: Tensor, fmt: Format, importance: "Tensor | None" = None) -> Grid:
     With scale_dtype "double" and with the rule "shared" pass all blocks of the tensor at once: they have something in
     common.
     """
+    if fmt.scale_dtype == BILEVEL:
+        raise FormatError(f"{BILEVEL} scales are known only with their rows: use --method spqr, or fp16 scales.")
     if importance is not None:
         importance = importance.where((importance > 0).any(1, keepdim=True), torch.ones_like(importance))
     if fmt.scale_rule == "kmeans":
@@ -227,7 +231,7 @@ def _defaults(level_set: LevelSet) -> dict[str, str]:
 def _parse_word(word: str, text: str) -> tuple[str, Any]:
     """The field of Format that a word sets, and its value."""
     rules = (*scales.RULES, "shared")
-    for field, known in (("scale_dtype", SCALE_DTYPES), ("scale_rule", rules), ("rounding", ROUNDINGS)):
+    for field, known in (("scale_dtype", (*SCALE_DTYPES, BILEVEL)), ("scale_rule", rules), ("rounding", ROUNDINGS)):
         if word in known:
             return field, word
     if word.startswith("z") and word[1:] in ZEROS:

@@ -1,4 +1,5 @@
-"""How scales are kept: fp32, fp16, bf16, E8M0 (a power of two in one byte), or themselves quantized ("double").
+"""How scales are kept: fp32, fp16, bf16, E8M0 (a power of two in one byte), or themselves quantized ("double", and
+"q3x16", which also keeps real zeros so, and which only a solver that knows the matrix's rows can fill: SpQR).
 
     round_scale(scale)     the value the file will give back; codes are always chosen for this value
     store_scale(scale)     the tensors written             load_scale(tensors) -> scale, float32
@@ -19,10 +20,13 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError
+from lowbit.formats.packing import pack_bits, packed_bytes, unpack_bits
 
-SCALE_DTYPES = ("fp32", "fp16", "bf16", "e8m0", "double")
+SCALE_DTYPES = ("fp32", "fp16", "bf16", "e8m0", "double")  # those that any rule can be stored in
+BILEVEL = "q3x16"
 _TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _DOUBLE_BLOCK = 256
+_ROWS, _BITS = 16, 3  # of "q3x16"
 _E8M0_VALUES = [2.0 ** (code - 127) for code in range(255)] + [float("nan")]
 
 
@@ -87,6 +91,49 @@ def scale_specs(shape: tuple[int, int], dtype: str) -> dict[str, tuple[tuple[int
         return {"scale": (shape, torch.uint8)}
     n_steps = -(-shape[0] * shape[1] // _DOUBLE_BLOCK)
     return {"scale": (shape, torch.uint8), "scale_step": ((n_steps,), torch.float32)}
+
+
+def store_bilevel(x: Tensor, name: str) -> dict[str, Tensor]:
+    """ "q3x16": a matrix (rows, groups) in 3-bit codes between the least and the largest of each 16 rows of a column.
+
+    x = offset + code * step, offset and step fp16. Source: Dettmers 2023 (SpQR, arXiv:2306.03078).
+    """
+    codes, step, offset = _bilevel(x)
+    codes = codes.reshape(-1, x.shape[1])[: len(x)]
+    return {name: pack_bits(codes, _BITS), f"{name}_step": step[:, 0], f"{name}_offset": offset[:, 0]}
+
+
+def load_bilevel(tensors: dict[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:
+    """The matrix as float32."""
+    codes = unpack_bits(tensors[name], _BITS, shape[0] * shape[1]).reshape(shape).float()
+    step, offset = (tensors[f"{name}_{k}"].float().repeat_interleave(_ROWS, 0)[: shape[0]] for k in ("step", "offset"))
+    return offset + codes * step
+
+
+def bilevel_specs(shape: tuple[int, int], name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what `store_bilevel` gives."""
+    blocks = (-(-shape[0] // _ROWS), shape[1])
+    codes = ((packed_bytes(shape[0] * shape[1], _BITS),), torch.uint8)
+    return {name: codes, f"{name}_step": (blocks, torch.float16), f"{name}_offset": (blocks, torch.float16)}
+
+
+def bilevel_values(x: Tensor) -> Tensor:
+    """What "q3x16" gives back for a matrix (rows, groups), or one column of it."""
+    codes, step, offset = _bilevel(x)
+    return (offset.float() + codes.float() * step.float()).reshape(-1, x.shape[1])[: len(x)]
+
+
+def _bilevel(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """codes (blocks, 16, groups) uint8; step and offset (blocks, 1, groups) fp16. A last block repeats the last row."""
+    padded = torch.cat([x, x[-1:].expand(-len(x) % _ROWS, -1)]).reshape(-1, _ROWS, x.shape[1])
+    low, high = padded.amin(1, keepdim=True), padded.amax(1, keepdim=True)
+    if x.numel() and float(torch.maximum(-low, high).max()) > torch.finfo(torch.float16).max:
+        raise FormatError("a scale or zero does not fit fp16, in which q3x16 keeps their range: use fp32 scales.")
+    offset = low.half()
+    step = ((high - offset.float()) / (2**_BITS - 1)).clamp(min=0).half()
+    divisor = torch.where(step > 0, step.float(), 1.0)
+    codes = ((padded - offset.float()) / divisor).round().clamp(0, 2**_BITS - 1)
+    return codes.to(torch.uint8), step, offset
 
 
 def _sixteen_bits(x: Tensor) -> Tensor:

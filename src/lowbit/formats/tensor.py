@@ -21,7 +21,15 @@ from lowbit.errors import FormatError, ShapeError
 from lowbit.formats.format import TENSOR, Format, Grid, decode, encode, fit
 from lowbit.formats.masks import decode_mask, decode_tiles, mask_specs
 from lowbit.formats.packing import pack, packed_bytes, unpack
-from lowbit.formats.stores import load_scale, scale_specs, store_scale
+from lowbit.formats.stores import (
+    BILEVEL,
+    bilevel_specs,
+    load_bilevel,
+    load_scale,
+    scale_specs,
+    store_bilevel,
+    store_scale,
+)
 
 RAW_DTYPES = {"raw_fp16": torch.float16, "raw_bf16": torch.bfloat16, "raw_fp32": torch.float32}
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -155,7 +163,7 @@ class QuantizedTensor:
     def _check_numbers(self, i: int, fmt: Format) -> None:
         part, n_levels = self.parts[i], len(fmt.levels.values)
         if "scale" in part.tensors:
-            scale = load_scale(part.tensors, fmt.scale_dtype)
+            scale = self.grid(i).scale
             if not bool(((scale >= 0) & (scale < torch.inf)).all()):
                 raise FormatError(f"tensor {part_key(i, 'scale')!r} holds a negative, infinite or NaN scale.")
         if 0 < n_levels < 2**fmt.levels.bits:  # else every code is a level
@@ -187,6 +195,10 @@ class QuantizedTensor:
         table = part.tensors["table"].float() if "table" in part.tensors else None
         if table is not None and fmt.scale_rule == "kmeans":
             return Grid(torch.ones(len(table), 1, dtype=torch.float32, device=table.device), None, table)
+        if fmt.scale_dtype == BILEVEL:
+            shape = fmt.blocks.grid(*_coded_shape(part.mask if _is_tiles(part.mask) else None, self.matrix_shape))
+            names = ("scale",) if fmt.zero == "none" else ("scale", "zero")
+            return Grid(*(load_bilevel(part.tensors, n, shape).reshape(-1, 1) for n in names))
         scale = load_scale(part.tensors, fmt.scale_dtype).reshape(-1, 1)
         if fmt.zero == "none":
             return Grid(scale, None, None if table is None else table[0])
@@ -294,6 +306,9 @@ def stored_grid(grid: Grid, fmt: Format, rows_cols: tuple[int, int]) -> dict[str
     """The tensors of a grid: "table", or "scale" (and what its store adds) and "zero"."""
     if grid.table is not None and fmt.scale_rule == "kmeans":
         return {"table": grid.table.half()}
+    if fmt.scale_dtype == BILEVEL:
+        named = (("scale", grid.scale), ("zero", grid.zero))
+        return {k: t for n, x in named if x is not None for k, t in store_bilevel(x.reshape(rows_cols), n).items()}
     tensors = store_scale(grid.scale.reshape(rows_cols), fmt.scale_dtype)
     if grid.zero is not None:
         zero = grid.zero.reshape(rows_cols)
@@ -398,6 +413,8 @@ def _part_specs(part: dict[str, Any], shape: tuple[int, ...]) -> Specs:
         specs["table"] = ((tables, 2**fmt.levels.bits), torch.float16)
     if fmt.scale_rule == "kmeans":
         return specs
+    if fmt.scale_dtype == BILEVEL:
+        return specs | bilevel_specs(grid, "scale") | (bilevel_specs(grid, "zero") if fmt.zero == "real" else {})
     specs |= scale_specs(grid, fmt.scale_dtype)
     if fmt.zero == "int":
         specs["zero"] = ((packed_bytes(grid[0] * grid[1], fmt.levels.bits),), torch.uint8)

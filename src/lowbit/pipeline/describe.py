@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Format, QuantizedTensor, decode, encode, fit
+from lowbit.formats.stores import BILEVEL
 from lowbit.pipeline.checkpoint import Entries
 from lowbit.statistics import LayerStatistics, output_energy, output_error
 
@@ -15,6 +16,8 @@ def layer_errors(w: Tensor, w_hat: Tensor, fmt: Format, statistics: "LayerStatis
     plain_fmt = (
         fmt if not fmt.levels.values else fmt.with_(scale_rule=Format(fmt.levels, fmt.blocks, zero=fmt.zero).scale_rule)
     )
+    if fmt.scale_dtype == BILEVEL:
+        plain_fmt = plain_fmt.with_(scale_dtype="fp16")
     rtn = fmt.blocks.merge(_rounded(blocks, plain_fmt), *w.shape)
     if statistics is None:
         energy = max(float(w.float().square().sum(dtype=torch.float64)), 1e-30)

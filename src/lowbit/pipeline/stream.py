@@ -337,7 +337,7 @@ class Walk:
         for name in group:
             fmt = self.recipe.format_for(f"{self.prefix}.{i}.{name}")
             if fmt is not None:
-                alone = not shared or fmt.blocks.rows != 1 or fmt.scale_dtype == "double"
+                alone = not shared or fmt.blocks.rows != 1 or fmt.scale_dtype in ("double", "q3x16")
                 stacks.setdefault(name if alone else fmt, ([], fmt))[0].append(name)
         return list(stacks.values())
 

@@ -30,7 +30,7 @@ class NativeGrids:
         self.scale = across(grid.scale)
         self.divisor = torch.where(self.scale > 0, self.scale, 1.0)
         self.zero = NONE if grid.zero is None else across(grid.zero)
-        self.values = fmt.levels.table()
+        self.values = fmt.levels.table() if grid.table is None else grid.table
         integer = fmt.levels.is_integer_range
         self.thresholds = torch.empty(0, dtype=torch.float32) if integer else thresholds(self.values, fmt.rounding)
         self.real_zero = grid.zero is not None and fmt.zero != "int"
@@ -52,7 +52,8 @@ class NativeGrids:
 
 def knows(fmt: Format) -> bool:
     """Whether the extension can round on this format's grids."""
-    plain = fmt.blocks.rows == 1 and bool(fmt.levels.values) and fmt.rounding == "even"
+    one_table = bool(fmt.levels.values) or fmt.scale_rule == "shared"
+    plain = fmt.blocks.rows == 1 and one_table and fmt.rounding == "even"
     return plain and extension() is not None
 
 

@@ -1,12 +1,15 @@
-"""Closed-form scales for fixed codes, under the full Gram matrix.
+"""Closed-form scales and levels for fixed codes, under the full Gram matrix.
 
-A row's output error is quadratic in its group scales s: with l_g the row's levels in group g (zero elsewhere),
+A row's output error is quadratic in whatever multiplies its codes: scales of groups, levels of a table. With unknowns v
+and what each stands for, w_hat = sum_m v_m l_m (l_m: the row's levels in one group, or the places of one code),
 
-    (w - sum_g s_g l_g)^T H (w - sum_g s_g l_g)   ->   A s = b,   A_gh = l_g^T H l_h,   b_g = l_g^T H w
+    (w - sum_m v_m l_m)^T H (w - sum_m v_m l_m)   ->   A v = b,   A_mn = l_m^T H l_n,   b_m = l_m^T H w
 
 One small system per row, solved in a batch; the best of old and new is kept, so the error cannot rise. Derived.
-Memory: `chunk` rows at a time, each groups * in floats; at most WORK floats for wide layers.
+Memory: `chunk` rows at a time, each unknowns * in floats; at most WORK floats for wide layers.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,40 +21,120 @@ WORK = 1 << 25  # floats of the largest intermediate
 LARGEST = {"fp32": torch.finfo(torch.float32).max, "bf16": torch.finfo(torch.bfloat16).max, "fp16": 65504.0}
 
 
+@dataclass(frozen=True)
+class Coded:
+    """Weights of one format: mask (out, in) bool or None for all, codes (out, in) uint8, grid (blocks one row high)."""
+
+    codes: Tensor
+    grid: Grid
+    format: Format
+    mask: "Tensor | None" = None
+
+    @property
+    def can_refit(self) -> bool:
+        """Whether its numbers are free, one by one, and belong to one row."""
+        return self.format.blocks.rows == 1 and (self.has_tables or self.format.scale_dtype in LARGEST)
+
+    @property
+    def has_tables(self) -> bool:
+        return self.format.scale_rule == "kmeans"
+
+    def old(self) -> Tensor:
+        """(out, unknowns) the numbers as they are: levels code by code, or scales."""
+        out, groups = len(self.codes), self.format.blocks.grid(*self.codes.shape)[1]
+        if self.has_tables:
+            return self.grid.table.reshape(out, groups, -1).transpose(1, 2).reshape(out, -1)  # type: ignore[union-attr]
+        return self.grid.scale.reshape(out, groups)
+
+    def planes(self, rows: slice) -> Tensor:
+        """(planes, rows, in) what the unknowns multiply; a plane holds one unknown for each group of columns."""
+        codes, across = self.codes[rows], self.format.blocks.grid(*self.codes.shape)[1]
+        if self.has_tables:
+            every = torch.arange(2**self.format.levels.bits, dtype=torch.uint8)
+            levels = (codes == every[:, None, None]).float()
+        else:
+            grid = self.grid.take(slice(rows.start * across, rows.stop * across))
+            grid = grid._replace(scale=torch.ones_like(grid.scale))
+            blocks = self.format.blocks
+            levels = blocks.merge(decode(blocks.split(codes), grid, self.format), *codes.shape)[None]
+        return levels if self.mask is None else levels * self.mask[rows]
+
+    def with_values(self, new: Tensor) -> "Coded":
+        """The same codes with new numbers; tables stay sorted, so codes may be renamed."""
+        out, groups = len(self.codes), self.format.blocks.grid(*self.codes.shape)[1]
+        if not self.has_tables:
+            return Coded(self.codes, self.grid._replace(scale=new.reshape(-1, 1)), self.format, self.mask)
+        table, order = new.reshape(out, -1, groups).transpose(1, 2).reshape(out * groups, -1).sort(1)
+        renamed = order.argsort(1).to(torch.uint8).gather(1, self.format.blocks.split(self.codes).long())
+        codes = self.format.blocks.merge(renamed, *self.codes.shape)
+        return Coded(codes, self.grid._replace(table=table), self.format, self.mask)
+
+
+def refit(w: Tensor, parts: list[Coded], gram: Tensor, damping: float, chunk: int = 256) -> list[Coded]:
+    """The parts with the numbers that least change the outputs, rounded as stored. w (out, in)."""
+    h = gram.clone()
+    h.diagonal().add_(damping * gram.diagonal().mean())
+    olds = [p.old() for p in parts]
+    groups = [p.format.blocks.grid(*w.shape)[1] for p in parts]
+    unknowns = sum(o.shape[1] for o in olds)
+    chunk = max(min(chunk, WORK // max(unknowns * w.shape[1], 1)), 1)
+    new = []
+    for i in range(0, len(w), chunk):
+        rows = slice(i, min(i + chunk, len(w)))
+        planes = [(plane, g) for p, g in zip(parts, groups) for plane in p.planes(rows)]
+        old = torch.cat([o[rows] for o in olds], 1)
+        found = _stored(_solve_rows(w[rows], planes, h, old), old, parts, olds)
+        better = _errors(w[rows], planes, found, h) < _errors(w[rows], planes, old, h)
+        new.append(torch.where(better[:, None], found, old))
+    values = torch.cat(new).split([o.shape[1] for o in olds], 1)
+    return [p.with_values(v) for p, v in zip(parts, values)]
+
+
 def refit_scales(
     w: Tensor, codes: Tensor, grid: Grid, fmt: Format, gram: Tensor, damping: float, chunk: int = 256
 ) -> Tensor:
     """New scales (blocks, 1), rounded as stored. w (out, in), codes (out, in); blocks one row high."""
-    out, in_ = w.shape
-    groups = fmt.blocks.grid(out, in_)[1]
-    levels = decode(fmt.blocks.split(codes), Grid(torch.ones_like(grid.scale), grid.zero), fmt).reshape(out, groups, -1)
-    h = gram.clone()
-    h.diagonal().add_(damping * gram.diagonal().mean())
-    old = grid.scale.reshape(out, groups)
-    chunk = max(min(chunk, WORK // max(groups * in_, 1)), 1)
-    new = torch.cat(
-        [_solve_rows(w[i : i + chunk], levels[i : i + chunk], h, old[i : i + chunk]) for i in range(0, out, chunk)]
-    )
-    new = round_scale(torch.where(new <= LARGEST[fmt.scale_dtype], new, old), fmt.scale_dtype)
-    better = _errors(w, levels, new, h) < _errors(w, levels, old, h)
-    return torch.where(better[:, None], new, old).reshape(-1, 1)
+    return refit(w, [Coded(codes, grid, fmt)], gram, damping, chunk)[0].grid.scale
 
 
-def _solve_rows(w: Tensor, levels: Tensor, h: Tensor, old: Tensor) -> Tensor:
-    """The scales (rows, groups) of some rows.
+def _stored(new: Tensor, old: Tensor, parts: list[Coded], olds: list[Tensor]) -> Tensor:
+    """Rounded as the file keeps them. Scales stay positive, and where a number does not fit the old one stays."""
+    kept = []
+    for p, n, o in zip(parts, *(t.split([o.shape[1] for o in olds], 1) for t in (new, old))):
+        if p.has_tables:
+            kept.append(torch.where(n.abs() <= LARGEST["fp16"], n, o).half().float())
+        else:
+            fits = (n > 0) & (o > 0) & (n <= LARGEST[p.format.scale_dtype])
+            kept.append(round_scale(torch.where(fits, n, o), p.format.scale_dtype))
+    return torch.cat(kept, 1)
 
-    Groups whose solution is not positive, or whose levels are all 0, keep the old one.
-    """
-    rows, groups, size = levels.shape
-    hl = torch.einsum("rgi,gihj->rghj", levels, h.reshape(groups, size, groups, size))
-    a = torch.einsum("rghj,rhj->rgh", hl, levels)
-    b = torch.einsum("rghj,rhj->rg", hl, w.reshape(rows, groups, size))
+
+def _solve_rows(w: Tensor, planes: list[tuple[Tensor, int]], h: Tensor, old: Tensor) -> Tensor:
+    """The numbers (rows, unknowns) of some rows. Those that nothing uses keep the old one."""
+    lh = torch.cat([_times(plane, g, h) for plane, g in planes], 1)  # (rows, unknowns, in)
+    a = torch.cat([_sums(lh * plane[:, None], g) for plane, g in planes], 2)
+    b = (lh * w[:, None]).sum(2)
+    unused = a.diagonal(dim1=1, dim2=2) <= 0
     ridge = a.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30) * 1e-6
-    a = a + torch.diag_embed(ridge[:, None].expand(-1, groups))
-    s = torch.linalg.solve(a, b)
-    return torch.where(torch.isfinite(s) & (s > 0) & (old > 0), s, old)
+    a = a + torch.diag_embed(ridge[:, None].expand(-1, b.shape[1]))
+    v = torch.linalg.solve(a, b)
+    return torch.where(torch.isfinite(v) & ~unused, v, old)
 
 
-def _errors(w: Tensor, levels: Tensor, scale: Tensor, h: Tensor) -> Tensor:
-    d = w - (levels * scale[..., None]).reshape(w.shape)
+def _times(plane: Tensor, groups: int, h: Tensor) -> Tensor:
+    """(rows, groups, in): each group's part of the plane, times H."""
+    parts = plane.reshape(len(plane), groups, -1).transpose(0, 1)
+    return torch.bmm(parts, h.reshape(groups, -1, len(h))).transpose(0, 1)
+
+
+def _sums(x: Tensor, groups: int) -> Tensor:
+    """(rows, unknowns, groups): sums over the columns of each group."""
+    return x.reshape(*x.shape[:2], groups, -1).sum(3)
+
+
+def _errors(w: Tensor, planes: list[tuple[Tensor, int]], values: Tensor, h: Tensor) -> Tensor:
+    d, at = w.clone(), 0
+    for plane, g in planes:
+        d -= (plane.reshape(len(w), g, -1) * values[:, at : at + g, None]).reshape(w.shape)
+        at += g
     return ((d @ h) * d).sum(1)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.errors import FormatError
 from lowbit.formats import Format, Grid, QuantizedTensor, decode, with_part
 from lowbit.statistics import LayerStatistics
 
@@ -84,6 +85,8 @@ class Spec:
     """One method.
 
     format:  template of the default format
+    bits, group: of the default format, where a recipe says nothing
+    widths:  the only bits the method has; empty for all
     options: the keyword defaults that `--set` and recipes may change
     """
 
@@ -97,9 +100,18 @@ class Spec:
     smooth: "Callable[[list[Tensor], LayerStatistics, Format], Tensor] | None" = None  # AWQ: per-input-channel scaling
     tune: "Callable[..., dict[str, Solution]] | None" = None  # a block's solutions against the block's float outputs
     kind: str = "solver"
+    bits: int = 4
+    group: int = 64
+    widths: tuple[int, ...] = ()
 
     def default_format(self, bits: int, group: int) -> Format:
-        """The method's own format at a width and group size (-1: one group per row)."""
+        """The method's own format at a width and group size (-1: one group per row).
+
+        Raises FormatError for a width that the method does not have.
+        """
+        if self.widths and bits not in self.widths:
+            have = " or ".join(map(str, self.widths))
+            raise FormatError(f"{self.name} has codes of {have} bits, not {bits}: leave --bits out.")
         return Format.parse(self.format.format(bits=bits, blocks="channel" if group == -1 else f"g{group}"))
 
 

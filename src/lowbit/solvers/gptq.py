@@ -17,10 +17,11 @@ Source: Frantar 2022 (arXiv:2210.17323); static groups and act-order after the a
 from torch import Tensor
 
 from lowbit.errors import RecipeError
-from lowbit.formats import Format, Grid
+from lowbit.formats import Format
 from lowbit.solvers._columns import GridHooks, solve_columns
 from lowbit.solvers._descent import descend
-from lowbit.solvers._refit import refit_scales
+from lowbit.solvers._refit import Coded
+from lowbit.solvers._refit import refit as refitted
 from lowbit.solvers._spec import Solution, Spec
 from lowbit.statistics import LayerStatistics, drift_target
 
@@ -57,10 +58,11 @@ def solve(
 
 def _refitted(w: Tensor, found: Solution, gram: Tensor, refit: bool) -> Solution:
     fmt = found.format
-    if not (refit and fmt.blocks.rows == 1 and fmt.levels.values and fmt.scale_dtype in ("fp32", "fp16", "bf16")):
+    coded = Coded(found.codes, found.grid, fmt)
+    if not (refit and coded.can_refit):
         return found
-    scale = refit_scales(w, found.codes, found.grid, fmt, gram, found.notes["damping"])
-    return Solution(found.codes, Grid(scale, found.grid.zero), fmt, found.notes)
+    new = refitted(w, [coded], gram, found.notes["damping"])[0]
+    return Solution(new.codes, new.grid, fmt, found.notes)
 
 
 SPEC = Spec(

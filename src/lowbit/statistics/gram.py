@@ -24,13 +24,15 @@ from lowbit.errors import DataError
 class LayerStatistics:
     """gram (in, in) = mean of x x^T; abs_mean (in,) = mean |x|; tokens: how many vectors were seen.
 
-    drift (in, in) = mean of (x_float - x) x^T, or None where only x was seen.
+    drift (in, in) = mean of (x_float - x) x^T, or None where only x was seen
+    fisher: (out, in) mean squared gradient of the loss, where it was gathered
     """
 
     gram: Tensor
     abs_mean: Tensor
     tokens: int
     drift: "Tensor | None" = None
+    fisher: "Tensor | None" = None
 
     @property
     def dead(self) -> Tensor:
@@ -39,7 +41,8 @@ class LayerStatistics:
 
     def rescaled(self, t: Tensor) -> "LayerStatistics":
         """The statistics of x / t (AWQ folds t into the weight and 1/t into whatever produces x)."""
-        return LayerStatistics(self.gram / torch.outer(t, t), self.abs_mean / t, self.tokens)
+        fisher = None if self.fisher is None else self.fisher / t**2
+        return LayerStatistics(self.gram / torch.outer(t, t), self.abs_mean / t, self.tokens, fisher=fisher)
 
 
 class GramAccumulator:
