@@ -37,6 +37,9 @@ FORMATS = (
     "int4-tile4x16",
     "kmeans3-channel",
     "kmeans4-tensor",
+    "kmeans2-g32",
+    "kmeans3-g16-shared",
+    "kmeans2-g16-dual",
 )
 
 
@@ -310,3 +313,21 @@ def test_export_and_compile_see_the_operators(activations: str) -> None:
     assert f"lowbit.linear_{activations}" in program.graph_module.code
     assert torch.equal(program.module()(x), y)
     assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x), y), "no graph break"
+
+
+def test_solutions_of_two_parts_run_from_their_bits() -> None:
+    """Codes among the dense ones, salient columns with tables per group, and quantized scales."""
+    from lowbit.solvers import find
+    from lowbit.statistics import LayerStatistics
+
+    inputs = torch.randn(300, 96)
+    stats = LayerStatistics(inputs.T @ inputs / 300, inputs.abs().mean(0), 300)
+    for name, group in (("icquant", -1), ("billm", 32), ("spqr", 16), ("pb_llm", -1), ("adpq", 16)):
+        spec = find(name)
+        solution = spec.solve(torch.randn(20, 96), stats, spec.default_format(spec.bits, group), **spec.options)
+        layer = PackedLinear.from_quantized(solution.quantized())
+        assert len(layer.meta["parts"]) == (1 if name == "spqr" else 2), name  # no outlier among so few
+        x = torch.randn(2, 5, 96)
+        assert close(layer(x), F.linear(x.double(), layer.dequantize().double())), name
+        layer.activations = "int8"
+        assert close(layer(x), F.linear(x.double(), layer.dequantize().double()), 0.03), name

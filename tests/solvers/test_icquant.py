@@ -105,7 +105,7 @@ def test_fisher_weights_the_levels_where_it_is_known():
     w, stats = heavy(), statistics()
     fisher = torch.zeros_like(w)
     fisher[:, :8] = 1
-    weighted = LayerStatistics(stats.gram, stats.abs_mean, 400, fisher)
+    weighted = LayerStatistics(stats.gram, stats.abs_mean, 400, fisher=fisher)
     plain, found = (solve(w, s, Format.parse("kmeans2-channel"), feedback=False).w_hat() for s in (stats, weighted))
     assert (found - w)[:, :8].square().sum() < 0.3 * (plain - w)[:, :8].square().sum()
 

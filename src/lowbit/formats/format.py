@@ -7,6 +7,7 @@
     uint3-g64-zreal-search   real-valued zero, searched range
     kmeans3-channel      eight levels a row, found by weighted k-means
     kmeans2-g64-shared   four levels for the whole tensor, an fp16 scale for every group of 64
+    kmeans2-g64-dual     levels a1 + a2, a1, 0, a2 of two numbers a group: two binary planes (DB-LLM)
 
 A format's string is its name in files and on the command line; `Format.parse(str(f)) == f`.
 """
@@ -21,12 +22,12 @@ from torch import Tensor
 from lowbit.errors import FormatError, near_names
 from lowbit.formats import scales
 from lowbit.formats.blocks import Blocks
-from lowbit.formats.kmeans import kmeans_table, shared_table
+from lowbit.formats.kmeans import dual_scales, kmeans_table, shared_table
 from lowbit.formats.levels import ROUNDINGS, LevelSet, levels
 from lowbit.formats.stores import BILEVEL, SCALE_DTYPES, double_scale
 
 ZEROS = ("none", "int", "real")
-TABLE_RULES = ("kmeans", "shared")
+TABLE_RULES = ("kmeans", "shared", "dual")
 ALIASES = {
     "mxfp4": "fp4_e2m1-g32-e8m0-mx",
     "mxfp6_e2m3": "fp6_e2m3-g32-e8m0-mx",
@@ -118,12 +119,14 @@ class Format:
         if (self.levels.values == ()) != (rule in TABLE_RULES):
             raise FormatError(
                 "k-means levels go with the rule 'kmeans' (a table for each block), which need not be named, "
-                "or 'shared' (one table, scales for the blocks)."
+                "'shared' (one table, scales for the blocks) or 'dual' (two numbers for each block)."
             )
         if rule in TABLE_RULES:
             if self.zero != "none":
                 raise FormatError(f"{name}: k-means tables stand without a zero: leave z{self.zero} out.")
-            if rule == "kmeans" and self.scale_dtype != "fp16":
+            if rule == "dual" and self.levels.bits != 2:
+                raise FormatError(f"{name}: two binary planes have four levels: use kmeans2-g64-dual.")
+            if rule != "shared" and self.scale_dtype != "fp16":
                 raise FormatError(
                     f"{name}: k-means has no scales, and its table is fp16: leave {self.scale_dtype} out."
                 )
@@ -172,7 +175,8 @@ class Format:
     def overhead_words(self) -> str:
         """For a summary: what is stored beside the codes."""
         zero = {"none": "", "int": f" + {self.levels.bits}-bit zero", "real": " + fp16 zero"}[self.zero]
-        return "table" if self.scale_rule == "kmeans" else f"{self.scale_dtype} scale{zero}"
+        by_rule = {"kmeans": "table", "dual": "two fp16 scales"}
+        return by_rule.get(self.scale_rule, f"{self.scale_dtype} scale{zero}")
 
 
 def fit(w: Tensor, fmt: Format, importance: "Tensor | None" = None) -> Grid:
@@ -191,6 +195,8 @@ def fit(w: Tensor, fmt: Format, importance: "Tensor | None" = None) -> Grid:
     if fmt.scale_rule == "kmeans":
         table = kmeans_table(w, 2**fmt.levels.bits, importance)
         return Grid(torch.ones(w.shape[0], 1, dtype=torch.float32, device=w.device), None, table)
+    if fmt.scale_rule == "dual":
+        return dual_grid(*dual_scales(w, importance))
     if fmt.scale_rule == "shared":
         scale, table = shared_table(w, 2**fmt.levels.bits, importance, lambda s: _stored(s, fmt))
         return Grid(scale, None, table)
@@ -203,6 +209,12 @@ def fit(w: Tensor, fmt: Format, importance: "Tensor | None" = None) -> Grid:
     if fmt.zero == "real" and zero is not None:  # keep the offset -zero * scale where it was found
         zero = (zero * scale / torch.where(stored > 0, stored, 1.0)).half().float()
     return Grid(stored, zero)
+
+
+def dual_grid(a1: Tensor, a2: Tensor) -> Grid:
+    """The levels a2 < 0 <= a1 (blocks, 1) span: a1, a2, both and none, sorted into a table of four."""
+    table = torch.cat([a2, torch.zeros_like(a1), a1 + a2, a1], 1).sort(1).values
+    return Grid(torch.ones_like(a1), None, table)
 
 
 def _stored(scale: Tensor, fmt: Format) -> Tensor:
@@ -230,7 +242,7 @@ def _defaults(level_set: LevelSet) -> dict[str, str]:
 
 def _parse_word(word: str, text: str) -> tuple[str, Any]:
     """The field of Format that a word sets, and its value."""
-    rules = (*scales.RULES, "shared")
+    rules = (*scales.RULES, "shared", "dual")
     for field, known in (("scale_dtype", (*SCALE_DTYPES, BILEVEL)), ("scale_rule", rules), ("rounding", ROUNDINGS)):
         if word in known:
             return field, word

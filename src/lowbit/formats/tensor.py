@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import FormatError, ShapeError
-from lowbit.formats.format import TENSOR, Format, Grid, decode, encode, fit
+from lowbit.formats.format import TENSOR, Format, Grid, decode, dual_grid, encode, fit
 from lowbit.formats.masks import decode_mask, decode_tiles, mask_specs
 from lowbit.formats.packing import pack, packed_bytes, unpack
 from lowbit.formats.stores import (
@@ -163,7 +163,7 @@ class QuantizedTensor:
     def _check_numbers(self, i: int, fmt: Format) -> None:
         part, n_levels = self.parts[i], len(fmt.levels.values)
         if "scale" in part.tensors:
-            scale = self.grid(i).scale
+            scale = part.tensors["scale"] if fmt.scale_rule == "dual" else self.grid(i).scale
             if not bool(((scale >= 0) & (scale < torch.inf)).all()):
                 raise FormatError(f"tensor {part_key(i, 'scale')!r} holds a negative, infinite or NaN scale.")
         if 0 < n_levels < 2**fmt.levels.bits:  # else every code is a level
@@ -200,6 +200,8 @@ class QuantizedTensor:
             names = ("scale",) if fmt.zero == "none" else ("scale", "zero")
             return Grid(*(load_bilevel(part.tensors, n, shape).reshape(-1, 1) for n in names))
         scale = load_scale(part.tensors, fmt.scale_dtype).reshape(-1, 1)
+        if fmt.scale_rule == "dual":
+            return dual_grid(scale, part.tensors["zero"].float().reshape(-1, 1))
         if fmt.zero == "none":
             return Grid(scale, None, None if table is None else table[0])
         zero = part.tensors["zero"]
@@ -306,6 +308,9 @@ def stored_grid(grid: Grid, fmt: Format, rows_cols: tuple[int, int]) -> dict[str
     """The tensors of a grid: "table", or "scale" (and what its store adds) and "zero"."""
     if grid.table is not None and fmt.scale_rule == "kmeans":
         return {"table": grid.table.half()}
+    if grid.table is not None and fmt.scale_rule == "dual":
+        ends = grid.table.half()
+        return {"scale": ends[:, -1].reshape(rows_cols), "zero": ends[:, 0].reshape(rows_cols)}
     if fmt.scale_dtype == BILEVEL:
         named = (("scale", grid.scale), ("zero", grid.zero))
         return {k: t for n, x in named if x is not None for k, t in store_bilevel(x.reshape(rows_cols), n).items()}
@@ -408,6 +413,8 @@ def _part_specs(part: dict[str, Any], shape: tuple[int, ...]) -> Specs:
     if mask is not None and not _is_tiles(mask) and fmt.blocks.rows != 1 and fmt.blocks != TENSOR:
         raise FormatError("exceptions share scales per row, per group or per tensor, not per tile.")
     grid = fmt.blocks.grid(*(_coded_shape(mask, (out, in_)) if _is_tiles(mask) else (out, in_)))
+    if fmt.scale_rule == "dual":
+        return specs | {"scale": (grid, torch.float16), "zero": (grid, torch.float16)}
     if not fmt.levels.values:
         tables = 1 if fmt.scale_rule == "shared" else grid[0] * grid[1]
         specs["table"] = ((tables, 2**fmt.levels.bits), torch.float16)

@@ -24,6 +24,7 @@ from lowbit.formats import QuantizedTensor, tensor_specs
 from lowbit.formats.tensor import matrix_shape
 from lowbit.runtime import ops
 from lowbit.runtime.kernels import pack_rows
+from lowbit.runtime.slabs import Slabs, slabs
 
 ACTIVATIONS = ("float", "int8")
 
@@ -50,9 +51,16 @@ class Prepared(NamedTuple):
     """What a layer derives from its buffers. `source` are the buffers it came from: others mean it is stale."""
 
     source: tuple[Tensor, ...]
-    weight: KernelWeight
-    int8: "KernelWeight | None"  # made when first asked for
+    weight: "KernelWeight | Slabs"
+    int8: "KernelWeight | Slabs | None"  # made when first asked for
     exceptions: "Exceptions | None"
+
+
+def dense_weight(qt: QuantizedTensor) -> "KernelWeight | Slabs":
+    """What multiplies with the dense part: one kernel call, or several where every group has a table."""
+    table = qt.grid().table
+    several = table is not None and table.ndim == 2 and len(table) > qt.matrix_shape[0]
+    return slabs(qt, KernelWeight) if several else kernel_weight(qt)
 
 
 def kernel_weight(qt: QuantizedTensor) -> KernelWeight:
@@ -66,6 +74,8 @@ def kernel_weight(qt: QuantizedTensor) -> KernelWeight:
     )
     if grid.table is None:
         table = fmt.levels.table()[None]
+    elif grid.table.ndim == 1:
+        table = grid.table[None]
     else:
         table = grid.table if len(grid.table) in (1, out) else grid.table.repeat_interleave(out // len(grid.table), 0)
     return KernelWeight(_row_codes(qt), _full_table(table, fmt.levels.bits), scale, zero, fmt.levels.bits)
@@ -90,8 +100,10 @@ def _full_table(table: Tensor, bits: int) -> Tensor:
     return torch.cat([table, table[:, -1:].expand(-1, missing)], 1).float().contiguous()
 
 
-def int8_weight(weight: KernelWeight) -> KernelWeight:
+def int8_weight(weight: "KernelWeight | Slabs") -> "KernelWeight | Slabs":
     """The same weight with int8 levels, their step and base folded into scale and zero."""
+    if isinstance(weight, Slabs):
+        return Slabs(weight.columns, tuple(int8_weight(part) for part in weight.parts), int8=True)
     of = ops.int8_levels(weight.table)
     return KernelWeight(weight.codes, of.levels, *ops.fold_int8(weight.scale, weight.zero, of), weight.bits)
 
@@ -165,7 +177,7 @@ class _Packed(nn.Module):
         source = tuple(getattr(self, key) for key in self._packed)
         if kept is None or not all(a is b for a, b in zip(kept.source, source)):
             qt = self.quantized()
-            kept = self._prepared = Prepared(source, kernel_weight(qt), None, exceptions(qt))
+            kept = self._prepared = Prepared(source, dense_weight(qt), None, exceptions(qt))
         if self._activations == "int8" and kept.int8 is None:
             kept = self._prepared = kept._replace(int8=int8_weight(kept.weight))
         return kept
@@ -183,7 +195,7 @@ class _Packed(nn.Module):
             kernel, weight = ops.linear_int8, prepared.int8
         if rows is not None:
             weight, sparse = _rows_of(weight, rows), None if sparse is None else _exceptions_of(sparse, rows)
-        y = kernel(x, *weight)
+        y = weight.product(x) if isinstance(weight, Slabs) else kernel(x, *weight)
         return y if sparse is None else y + ops.sparse_linear(x, *sparse, y.shape[-1])
 
     def _forget(self) -> None:
@@ -226,7 +238,9 @@ class _Packed(nn.Module):
         return "shape=" + "x".join(map(str, self.shape))
 
 
-def _rows_of(w: KernelWeight, rows: slice) -> KernelWeight:
+def _rows_of(w: "KernelWeight | Slabs", rows: slice) -> "KernelWeight | Slabs":
+    if isinstance(w, Slabs):
+        return w._replace(parts=tuple(_rows_of(part, rows) for part in w.parts))
     table = w.table if len(w.table) == 1 else w.table[rows]
     return KernelWeight(w.codes[rows], table, w.scale[rows], w.zero[rows] if w.zero.numel() else w.zero, w.bits)
 
@@ -317,7 +331,10 @@ class PackedEmbedding(_Packed):
             return F.embedding(ids, self.dequantize(self.dtype))
         prepared = self.prepare()
         w = prepared.weight
-        out = ops.embedding(ids, w.codes, w.table, w.scale, w.zero, w.bits, self.embedding_dim)
+        if isinstance(w, Slabs):
+            out = torch.cat([ops.embedding(ids, *part, w.columns) for part in w.parts], -1)
+        else:
+            out = ops.embedding(ids, *w, self.embedding_dim)
         if prepared.exceptions is not None:
             out = out + self._exception_rows(ids, prepared.exceptions)
         return out.to(self.dtype)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lowbit.errors import ModelError, RecipeError
 from lowbit.runtime import kernels
 from lowbit.runtime.layers import PackedEmbedding, PackedLinear
+from lowbit.runtime.slabs import Slabs
 
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 STATIC_ROPES = ("default", "linear", "llama3", "yarn")  # rotary frequencies that do not depend on the length
@@ -62,6 +63,8 @@ def _module_reason(module: nn.Module) -> "str | None":
     kind = next((c for c in known if isinstance(module, c)), None)
     if kind is not None and type(module) is not kind:
         return f"is a {type(module).__name__}"
+    if isinstance(module, (PackedLinear, PackedEmbedding)) and isinstance(module.prepare().weight, Slabs):
+        return "has a table for every group of columns"
     if kind is None and tensor is not None and not type(module).__module__.startswith("transformers."):
         return f"is a {type(module).__name__}"
     return None
@@ -121,6 +124,7 @@ class NativeDecoder:
         prepared = module.prepare()
         int8 = module.activations == "int8" and name != "embedding"
         weight = prepared.int8 if int8 and prepared.int8 is not None else prepared.weight
+        assert not isinstance(weight, Slabs)
         arrays = (t.numpy() for t in (weight.codes, weight.table, weight.scale, weight.zero))
         put = self._decoder.set_int8 if weight is prepared.int8 else self._decoder.set_float
         put(layer, name, *arrays, weight.bits, module.shape[1], bias)

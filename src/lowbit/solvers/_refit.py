@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowbit.formats import Format, Grid, decode
+from lowbit.formats.format import dual_grid
 from lowbit.formats.stores import round_scale
 
 WORK = 1 << 25  # floats of the largest intermediate
@@ -42,6 +43,9 @@ class Coded:
     def old(self) -> Tensor:
         """(out, unknowns) the numbers as they are: levels code by code, or scales."""
         out, groups = len(self.codes), self.format.blocks.grid(*self.codes.shape)[1]
+        if self.format.scale_rule == "dual":
+            ends = self.grid.table[:, [-1, 0]].reshape(out, groups, 2)  # type: ignore[index]
+            return ends.transpose(1, 2).reshape(out, -1)
         if self.has_tables:
             return self.grid.table.reshape(out, groups, -1).transpose(1, 2).reshape(out, -1)  # type: ignore[union-attr]
         return self.grid.scale.reshape(out, groups)
@@ -49,7 +53,9 @@ class Coded:
     def planes(self, rows: slice) -> Tensor:
         """(planes, rows, in) what the unknowns multiply; a plane holds one unknown for each group of columns."""
         codes, across = self.codes[rows], self.format.blocks.grid(*self.codes.shape)[1]
-        if self.has_tables:
+        if self.format.scale_rule == "dual":
+            levels = torch.stack(self._binary_planes(rows, across))
+        elif self.has_tables:
             every = torch.arange(2**self.format.levels.bits, dtype=torch.uint8)
             levels = (codes == every[:, None, None]).float()
         else:
@@ -62,12 +68,35 @@ class Coded:
     def with_values(self, new: Tensor) -> "Coded":
         """The same codes with new numbers; tables stay sorted, so codes may be renamed."""
         out, groups = len(self.codes), self.format.blocks.grid(*self.codes.shape)[1]
+        if self.format.scale_rule == "dual":
+            return self._with_planes(new.reshape(out, 2, groups).transpose(1, 2).reshape(-1, 2))
         if not self.has_tables:
             return Coded(self.codes, self.grid._replace(scale=new.reshape(-1, 1)), self.format, self.mask)
         table, order = new.reshape(out, -1, groups).transpose(1, 2).reshape(out * groups, -1).sort(1)
         renamed = order.argsort(1).to(torch.uint8).gather(1, self.format.blocks.split(self.codes).long())
         codes = self.format.blocks.merge(renamed, *self.codes.shape)
         return Coded(codes, self.grid._replace(table=table), self.format, self.mask)
+
+    def _binary_planes(self, rows: slice, across: int) -> tuple[Tensor, Tensor]:
+        """(rows, in) each, 0 or 1: where a1 and where a2 is in the weight."""
+        codes = self.format.blocks.split(self.codes[rows])
+        table = self.grid.table[rows.start * across : rows.stop * across]  # type: ignore[index]
+        both = torch.where(table[:, :1] + table[:, -1:] >= 0, 2, 1)  # the place of a1 + a2 among the sorted levels
+        planes = ((codes == end) | (codes == both) for end in (3, 0))
+        first, second = (self.format.blocks.merge(p.float(), *self.codes[rows].shape) for p in planes)
+        return first, second
+
+    def _with_planes(self, new: Tensor) -> "Coded":
+        """New a1 and a2 (blocks, 2); blocks whose signs would turn keep the old ones. Codes follow the levels."""
+        old = self.grid.table[:, [-1, 0]]  # type: ignore[index]
+        good = (new[:, :1] > 0) & (new[:, 1:] < 0)
+        a = torch.where(good, new, old)
+        across = self.format.blocks.grid(*self.codes.shape)[1]
+        b1, b2 = (self.format.blocks.split(p) for p in self._binary_planes(slice(0, len(self.codes)), across))
+        order = torch.where(a.sum(1, keepdim=True) >= 0, torch.tensor([1, 0, 3, 2]), torch.tensor([2, 0, 3, 1]))
+        codes = order.gather(1, (2 * b1 + b2).long()).to(torch.uint8)  # order[2 b1 + b2]: the place of that level
+        grid = dual_grid(a[:, :1].contiguous(), a[:, 1:].contiguous())
+        return Coded(self.format.blocks.merge(codes, *self.codes.shape), grid, self.format, self.mask)
 
 
 def refit(w: Tensor, parts: list[Coded], gram: Tensor, damping: float, chunk: int = 256) -> list[Coded]:
@@ -101,7 +130,7 @@ def _stored(new: Tensor, old: Tensor, parts: list[Coded], olds: list[Tensor]) ->
     """Rounded as the file keeps them. Scales stay positive, and where a number does not fit the old one stays."""
     kept = []
     for p, n, o in zip(parts, *(t.split([o.shape[1] for o in olds], 1) for t in (new, old))):
-        if p.has_tables:
+        if p.has_tables or p.format.scale_rule == "dual":
             kept.append(torch.where(n.abs() <= LARGEST["fp16"], n, o).half().float())
         else:
             fits = (n > 0) & (o > 0) & (n <= LARGEST[p.format.scale_dtype])

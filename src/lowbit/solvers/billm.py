@@ -27,7 +27,12 @@ SAMPLE = 256  # rows on which the searches measure
 
 
 def solve(
-    w: Tensor, statistics: "LayerStatistics | None", fmt: Format, *, damping: float = 0.01, drift: bool = True
+    w: Tensor,
+    statistics: "LayerStatistics | None",
+    fmt: Format,
+    *,
+    damping: float = 0.01,
+    drift: bool = True,
 ) -> Solution:
     """Quantize w (out, in) in the format kmeans2-gB, B the block. Raises RecipeError without statistics."""
     if statistics is None:
