@@ -46,6 +46,7 @@ constexpr int W = 16;
 
 const Row<DecoderMath> kRows[] = {
 #if LOWBIT_X86 && LOWBIT_VECTORS
+    {"avx512", kAvx512, avx512_row::kRow},
     {"avx2", kAvx2, avx2_row::kRow},
 #endif
     {"scalar", 0, scalar_row::kRow}};

@@ -34,11 +34,31 @@ LOWBIT_AVX2 int64_t peak_avx2(int64_t steps, int32_t* sink) {
   for (int j = 0; j < kChains; ++j) *sink += _mm256_extract_epi32(acc[j], 0);
   return steps * kChains * 32;
 }
+
+#if defined(__GNUC__)
+#define LOWBIT_VNNI __attribute__((target("avx512f,avx512vnni")))
+#else
+#define LOWBIT_VNNI
+#endif
+
+LOWBIT_VNNI int64_t peak_vnni(int64_t steps, int32_t* sink) {
+  constexpr int kChains = 12;
+  __m512i acc[kChains], a = _mm512_set1_epi8(1), b = _mm512_set1_epi8(2);
+  for (int j = 0; j < kChains; ++j) acc[j] = _mm512_setzero_si512();
+  for (int64_t i = 0; i < steps; ++i)
+    for (int j = 0; j < kChains; ++j) acc[j] = _mm512_dpbusd_epi32(acc[j], a, b);
+  alignas(64) int32_t lanes[16];
+  for (int j = 0; j < kChains; ++j) {
+    _mm512_store_si512(lanes, acc[j]);
+    *sink += lanes[0];
+  }
+  return steps * kChains * 64;
+}
 #endif
 
 const Row<PeakFn> kRows[] = {
 #if LOWBIT_X86
-    {"avx2", kAvx2, peak_avx2},
+    {"avx512", kAvx512 | kVnni, peak_vnni}, {"avx2", kAvx2, peak_avx2},
 #endif
     {"scalar", 0, peak_scalar}};
 
