@@ -28,6 +28,7 @@ _HOME = {
     "save": "lowbit.runtime.artifact",
     "load": "lowbit.runtime.artifact",
     "verify_artifact": "lowbit.runtime.artifact",
+    "ProxConnect": "lowbit.training",
     "Format": "lowbit.formats",
     "QuantizedTensor": "lowbit.formats",
     "quantize": "lowbit.formats",

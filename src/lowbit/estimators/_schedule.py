@@ -20,11 +20,16 @@ class Scheduled(nn.Module):
 
     def __init__(self, schedule: "Schedule | None" = None, start: float = 1.0):
         super().__init__()
+        self.schedule: Schedule | None = None
+        self.t = start
+        if schedule is not None:
+            self.follow(schedule)
+
+    def follow(self, schedule: Schedule) -> None:
+        """From now on t is a buffer that `move` sets."""
+        self.__dict__.pop("t", None)
         self.schedule = schedule
-        if schedule is None:
-            self.t = start
-        else:
-            self.register_buffer("t", torch.tensor(float(schedule(0.0)), dtype=torch.float32))
+        self.register_buffer("t", torch.tensor(float(schedule(0.0)), dtype=torch.float32))
 
     def move(self, position: float) -> bool:
         """Set t to where the schedule is at `position`, 0 to 1. True if there is a schedule."""

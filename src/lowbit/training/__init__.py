@@ -14,11 +14,13 @@ evaluation mode, up to the order of float sums.
 from lowbit.training.attach import input_functions, latent_of, prepare, weight_functions
 from lowbit.training.choices import Choices, read_choices
 from lowbit.training.packing import pack
+from lowbit.training.proxconnect import ProxConnect
 from lowbit.training.run import penalty, step
 from lowbit.training.sizes import Summary, bits_per_weight, summary
 
 __all__ = [
     "Choices",
+    "ProxConnect",
     "Summary",
     "bits_per_weight",
     "input_functions",

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from lowbit.activations import InputFunction, attach, attached
 from lowbit.errors import LowbitError, RecipeError
 from lowbit.formats import Format
+from lowbit.layers._spec import FLOAT_MARK
 from lowbit.runtime import swap
 from lowbit.training.choices import Choice, Choices, Rule, read_choices
 from lowbit.weights import WeightFunction
@@ -97,7 +98,8 @@ def latent_of(module: Any) -> Any:
 
 def _chosen(net: nn.Module, choices: Choices) -> Iterator[tuple[str, Any, Rule]]:
     inside = _inside_attention(net)
-    layers = [(n, m, swap.kind_of(m)) for n, m in net.named_modules() if n not in inside]
+    plain = [(n, m) for n, m in net.named_modules() if n not in inside and not getattr(m, FLOAT_MARK, False)]
+    layers = [(n, m, swap.kind_of(m)) for n, m in plain]
     convs, linears = ([n for n, _, k in layers if k == kind] for kind in ("conv2d", "linear"))
     ends = {*convs[:1], *linears[-1:]} if choices.keep_ends else set()
     for name, module, kind in layers:
@@ -131,6 +133,11 @@ def _weight_functions(layer: Any, choice: "Choice | None") -> list[nn.Module]:
     functions = list(built) if isinstance(built, (list, tuple)) else [built]
     fmt: Format = functions[-1].format
     fmt.blocks.size(layer.weight.shape[0], prod(layer.weight.shape[1:]))  # ShapeError where groups do not divide
+    if not layer.weight.requires_grad and functions[-1].starts_over:
+        raise RecipeError(
+            f"its weight is frozen (requires_grad=False), and {choice.spec.name} would start over at random. "
+            'Give init="weights", set requires_grad_(True), or leave the layer out with skip=[...].'
+        )
     return [f.to(layer.weight.device) for f in functions]
 
 
@@ -180,7 +187,8 @@ def _unsupported(net: nn.Module, choices: Choices) -> Iterator[str]:
     """torch's own layers with weight matrices that no method prepares, unless they were left out on purpose."""
     inside = _inside_attention(net)
     for name, module in net.named_modules():
-        if name not in inside and _is_unknown_layer(module) and choices.rule_for(name) is not None:
+        unknown = name not in inside and not getattr(module, FLOAT_MARK, False) and _is_unknown_layer(module)
+        if unknown and choices.rule_for(name) is not None:
             yield f"{name} ({type(module).__name__})"
 
 

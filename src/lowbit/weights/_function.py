@@ -30,6 +30,7 @@ class WeightFunction(Scheduled):
     """
 
     format: Format
+    starts_over = False  # attaching it forgets the weight it is put on
 
     def forward(self, latent: Tensor) -> Tensor:
         """w_hat in the shape and dtype of the weight. In training mode a soft forward pass is allowed."""

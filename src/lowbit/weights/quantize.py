@@ -1,10 +1,12 @@
 """Quantize: the weight function that rounds to a format in the forward pass and lets the gradient through.
 
-    w_hat = scale * P(T(x))                       x = w / scale ("step") or w ("raw"), as the estimator wants it
-    dL/dw = dL/dw_hat * T'(x)
+    w_hat = scale * P(T(x))
+    dL/dw = dL/dw_hat * dx/dw * scale * T'(x)
     dL/dscale = sum dL/dw_hat (level - x T'(x)) / sqrt(n Q)      where the scale is learned (LSQ; Q the last level)
 
-The scale is, by option `scale`,
+What x is says option `unit`: "step", x = w / scale, so that dL/dw = dL/dw_hat T'(x); "raw", x = w, so that dL/dw =
+dL/dw_hat scale T'(w); "window", x = w without the factor scale, where T only says which weights learn (the code of
+XNOR-Net and Bi-Real Net). The scale is, by option `scale`,
 
     "fit"        the format's rule on the present w, in every forward pass; a constant in the backward pass
     "attached"   the same, and the gradient also flows through mean|w| (ReSTE, the full gradient of XNOR-Net)
@@ -26,11 +28,12 @@ from torch import Tensor, nn
 from lowbit.errors import FormatError, RecipeError, near_names
 from lowbit.estimators import Estimator, scaled, through
 from lowbit.estimators import estimator as find_estimator
+from lowbit.estimators._project import code_of, project
 from lowbit.formats import Format, Grid, decode, encode, fit
 from lowbit.formats.tensor import matrix_shape
 from lowbit.weights._function import TINY, WeightFunction, WeightSpec, as_matrix, stored
-from lowbit.weights._project import code_of, project
 
+UNITS = ("step", "raw", "window")
 SCALES = ("fit", "attached", "learned", "initial", "unit")
 SLOW_RULES = ("search", "lstsq", "kmeans")
 REFIT = 50  # steps between two fits of a rule that searches
@@ -42,7 +45,7 @@ class Quantize(WeightFunction):
     fmt:       a format or its string; blocks are those of the weight seen as (out, everything else)
     estimator: its name, {"name": ..., option: ...}, or an Estimator
     scale, forward: see above
-    unit:      "step" or "raw"; empty: as the estimator says
+    unit:      "step", "raw" or "window"; empty: as the estimator says
     clip:      the latent weights are kept in [-clip, clip] after every step; 0: they are not
     refit:     steps between fits of the grid; 0: in every forward pass
     w:         the weight it will be put on; needed where the scale outlives a forward pass
@@ -153,7 +156,12 @@ class Quantize(WeightFunction):
         return stored(self.scale.detach().float().clamp(min=TINY), self.format.scale_dtype)
 
     def _x(self, blocks: Tensor, scale: Tensor) -> Tensor:
-        return blocks if self.unit == "raw" else blocks / scale.clamp(min=TINY)
+        return blocks / scale.clamp(min=TINY) if self.unit == "step" else blocks
+
+    def _slope(self, x: Tensor, scale: Tensor) -> Tensor:
+        """d w_hat / d w."""
+        slope = self.estimator.slope(x, self.t)
+        return slope * scale if self.unit == "raw" else slope
 
     def _level(self, blocks: Tensor, scale: Tensor, hard: bool, x: "Tensor | None" = None) -> Tensor:
         """P(T(x)), or T(x) in a soft forward pass; blocks (n, size), scale (n, 1)."""
@@ -171,7 +179,7 @@ class Quantize(WeightFunction):
         matrix, fmt, est = as_matrix(w), self.format, self.estimator
         blocks = fmt.blocks.split(matrix)
         grid = self._grid(blocks)
-        identity = est.name == "identity"
+        identity = est.name == "identity" and self.unit != "raw"
         x = None if identity and not self.soft else self._x(blocks, grid.scale)
         if self._is_plain():
             w_hat = self._level(blocks, grid.scale, not (self.soft and self.training), x).mul_(grid.scale)
@@ -179,7 +187,7 @@ class Quantize(WeightFunction):
             w_hat = fmt.blocks.split(self.quantized(w).dequantize().reshape(matrix.shape))
         else:
             w_hat = decode(encode(blocks, grid, fmt), grid, fmt)
-        slope = None if identity or x is None else est.slope(x, self.t)
+        slope = None if identity or x is None else self._slope(x, grid.scale)
         w_hat = fmt.blocks.merge(w_hat, *matrix.shape).reshape(w.shape)
         return w_hat, None if slope is None else fmt.blocks.merge(slope, *matrix.shape).reshape(w.shape).to(w.dtype)
 
@@ -194,8 +202,8 @@ class Quantize(WeightFunction):
             value, scale = blocks.detach(), stored(source.detach().float().clamp(min=TINY), fmt.scale_dtype)
             x = self._x(value, scale)
             level = self._level(value, scale, not (self.soft and self.training), x)
-            slope = est.slope(x, self.t)
-            to_scale = level if self.unit == "raw" else est.scale_slope(x, level, slope)
+            slope = self._slope(x, scale)
+            to_scale = est.scale_slope(x, level, slope) if self.unit == "step" else level
             if self.scale_kind == "learned":
                 to_scale = to_scale / (value.shape[1] * fmt.levels.values[-1]) ** 0.5
         y = scaled(blocks, through(source, scale), level, slope, to_scale)
@@ -217,7 +225,7 @@ def _check(q: Quantize, scale: str, forward: str) -> None:
     for value, known, what in (
         (scale, SCALES, "scale"),
         (forward, ("hard", "soft"), "forward"),
-        (q.unit, ("step", "raw"), "unit"),
+        (q.unit, UNITS, "unit"),
     ):
         if value not in known:
             raise RecipeError(f"unknown {what} {value!r}. {near_names(str(value), known)}")
