@@ -84,6 +84,23 @@ def test_walking_in_place_of_the_model_gives_its_hidden_states(kind, ids):
     assert torch.allclose(found, body, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["gptq", "learned"])
+def test_the_float_models_hidden_states_go_beside_the_compressed_models(method, ids):
+    """Whatever is done to the weights, one half of the hidden states stays the float model's, the other is its own."""
+    model = tiny.model("llama")
+    w = walk(model, ids, method=method, bits=2, embeddings=2)
+    with torch.no_grad():
+        hidden = w._opening([], need_hidden=True)
+        for i in range(len(w.blocks)):
+            hidden = w._block(i, hidden, False)
+        body, norm = model.model(ids), model.model.norm
+        packed = lowbit.compress(model, method, bits=2, group=16, data=ids, embed_bits=2)
+        found = [norm(torch.cat(half)) for half in (hidden[: len(ids)], hidden[len(ids) :])]
+        assert torch.allclose(found[1], body.last_hidden_state, atol=1e-5)
+        assert torch.allclose(found[0], packed.model(ids).last_hidden_state, atol=1e-4)
+        assert not torch.allclose(found[0], found[1], atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("kind", "groups"),
     [

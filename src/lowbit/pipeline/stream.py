@@ -226,11 +226,15 @@ class Walk:
                 _put_in_place(block, {n: started[n][0] for n in group if n in started})
         if started:
             solved = self._tuned(i, started, streams, hidden)
-        hidden[:] = [h for s in streams for h in s.outputs()]
+        else:
+            hidden[:] = [h for s in streams for h in s.outputs()]
         return solved | self._solve_group(i, block, unused, None)
 
     def _tuned(self, i: int, started: Started, streams: list[SequentialForwards], hidden: list[Tensor]) -> Solved:
-        """Solutions of a whole block, bettered on its outputs. The float copy's outputs are the target."""
+        """Solutions of a whole block, bettered on its outputs, whose target are the float copy's.
+
+        Advances the hidden states in place.
+        """
         own, floats = streams
         block, targets = own.block.requires_grad_(False), floats.outputs()
         w = {n: layer_matrix(floats.block.get_submodule(n)).detach() for n in started}
@@ -248,6 +252,7 @@ class Walk:
             layer = block.get_submodule(name)
             layer_matrix(layer).copy_(w[name])
             solved[f"{self.prefix}.{i}.{name}"] = self._finish(i, name, layer, found.get(name, start), statistics)
+        hidden[:] = [*own.outputs(), *targets]
         return solved
 
     @property
