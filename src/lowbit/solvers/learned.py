@@ -44,10 +44,10 @@ def tune(
     inputs: list[Tensor],
     targets: list[Tensor],
     *,
-    steps: int = 32,
+    steps: int = 24,
     batch: int = 4,
-    lr: float = 0.03,
-    lr_scale: float = 0.004,
+    lr: float = 0.002,
+    lr_scale: float = 0.001,
     seed: int = 0,
     **_: Any,
 ) -> dict[str, Solution]:
@@ -163,6 +163,6 @@ SPEC = Spec(
     solve=solve,
     format="uint{bits}-{blocks}-search",
     needs_data=True,
-    options=gptq.SPEC.options | {"steps": 32, "batch": 4, "lr": 0.03, "lr_scale": 0.004},
+    options=gptq.SPEC.options | {"steps": 24, "batch": 4, "lr": 0.002, "lr_scale": 0.001},
     tune=tune,
 )
