@@ -23,7 +23,7 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kItemBits = 32;
 constexpr int64_t kClosed = (int64_t{1} << kItemBits) - 1;  // an item's number past every job's last
-constexpr int kSpinsPerYield = 256;  // about 5 microseconds: on a machine with other work the core is given away
+constexpr int kSpinsPerYield = 8192;  // about 100 microseconds: longer than a product takes; then others may have the core
 
 long process_id() {
 #if defined(_WIN32)
