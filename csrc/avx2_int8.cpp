@@ -1,13 +1,12 @@
 // AVX2 rows of `quantize` and `linear_int8`: equal to scalar bit for bit.
 //
-// The integer dot product is exact in each of three forms, picked by the level table. With U = level - min(level):
-//   narrow  U small: maddubs(U, q) is summed in int16 for the whole segment, then widened once
-//   offset  U <= 129: maddubs(U, q), widened at every step
-//   sign    any int8 level: maddubs(|level|, q with level's sign), widened at every step
-// maddubs adds two products in int16 *with saturation*: 2*129*127 = 32766 and 2*128*127 = 32512 fit, because
-// activations are never -128 (which would also survive the sign flip unchanged).
-// In the first two forms dot = sum U*q - offset * sum q, offset = -min(level).
-// Floats are combined per segment with the operations and the order of the scalar row, without FMA.
+// A step's 64 bytes are two vectors of eight rows. maddubs(u, q) adds two products in int16 *with saturation*, so the
+// integer dot product takes one of three forms, by the span of the levels:
+//   narrow  u <= 16 (32 for segments of 16): int16 sums over a whole segment, 16*2*127*8 = 32512, widened once
+//   wide    u <= 129: 2*129*127 = 32766, widened at every step
+//   sign    any int8 level: maddubs(|level|, q with the level's sign), 2*128*127 = 32512, widened at every step;
+//           activations are never -128, which would survive the change of sign
+// In the first two dot = low * sum(q) + sum u*q.
 #include "avx2.h"
 
 #if LOWBIT_X86
@@ -16,182 +15,262 @@
 #include <cstring>
 #include <vector>
 
+#if defined(_MSC_VER) && !defined(__clang__)
+#define LOWBIT_FN
+#define LOWBIT_INLINE static __forceinline
+#else
+#define LOWBIT_FN __attribute__((target("avx2,fma,f16c")))
+#define LOWBIT_INLINE static inline __attribute__((target("avx2,fma,f16c"), always_inline))
+#endif
+
 namespace lowbit {
 namespace {
 
-enum class Form { kNarrow, kOffset, kSign };
+constexpr float kTiny = 1e-30f;  // as scalar
+using V = __m256i;
+using F8 = __m256;
+constexpr int64_t kRows = Packed::kRows, kMostSteps = 8;
+enum class Form { kNarrow, kWide, kSign };
 
-constexpr int kTileRows = 4;
-constexpr int64_t kPad = Segments::kPad;
+LOWBIT_INLINE V load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const V*>(p)); }
+LOWBIT_INLINE void store(uint8_t* p, V v) { _mm256_storeu_si256(reinterpret_cast<V*>(p), v); }
+LOWBIT_INLINE V low_bits(V v, int shift, int mask) {
+  return _mm256_and_si256(_mm256_srli_epi16(v, shift), _mm256_set1_epi8(static_cast<char>(mask)));
+}
 
-struct Range {
-  int lo, hi;
+struct Luts {  // code -> u of the table kinds and of k1
+  alignas(16) uint8_t v[16];
 };
 
-Range range_of(const int8_t* levels, int count) {
-  const auto mm = std::minmax_element(levels, levels + count);
-  return {*mm.first, *mm.second};
+Luts luts_of(const PackedHeader& h) {
+  Luts t;
+  std::memcpy(t.v, h.lut, 16);
+  if (h.kind == PackedKind::k1) t.v[1] = static_cast<uint8_t>(h.times);
+  return t;
 }
 
-// 2 products a step and lane, each at most span*127
-Form form_for(int span, int64_t steps) {
-  if (static_cast<int64_t>(span) * 2 * 127 * steps <= 32767) return Form::kNarrow;
-  return span <= 129 ? Form::kOffset : Form::kSign;
+template <PackedKind K>
+LOWBIT_INLINE V look(V code, V lut) {
+  return K == PackedKind::k2 || K == PackedKind::k3 || K == PackedKind::k4 ? code : _mm256_shuffle_epi8(lut, code);
 }
 
-// Byte table from code to what the dot product multiplies: U, or the level itself in the sign form.
-struct ByteTable {
-  alignas(32) uint8_t value[256];
-  bool affine;  // value[c] == value[0] + c (mod 256)
-};
-
-void fill_table(const int8_t* levels, int count, int offset, ByteTable& t) {
-  t.affine = true;
-  for (int c = 0; c < count; ++c) {
-    t.value[c] = static_cast<uint8_t>(levels[c] + offset);
-    t.affine = t.affine && t.value[c] == static_cast<uint8_t>(t.value[0] + c);
-  }
-  for (int c = count; c < 256; ++c) t.value[c] = 0;
-}
-
-// One row to the segment layout. Past a segment's end the bytes are arbitrary: the activations are zero there.
-LOWBIT_AVX2 void decode_segments(const Weights& w, const Segments& seg, int64_t n, const ByteTable& t, uint8_t* codes,
-                                 uint8_t* out) {
-  unpack_avx2(w.row(n), w.row_bytes, w.bits, 0, w.k, codes);
-  const __m256i table =
-      _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(t.value)));
-  const __m256i base = _mm256_set1_epi8(static_cast<char>(t.value[0]));
-  for (int64_t s = 0; s < seg.count; ++s, out += seg.padded) {
-    const uint8_t* from = codes + seg.begin(s);
-    for (int64_t i = 0; i < seg.padded; i += kPad) {
-      const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
-      if (w.bits <= 4) {  // codes < 16, so pshufb never sees bit 7 set where it matters
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_shuffle_epi8(table, c));
-      } else if (t.affine) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), _mm256_add_epi8(c, base));
-      } else {
-        for (int64_t j = i; j < i + kPad; ++j) out[j] = t.value[from[j]];
+// One unit's u as bytes: A's steps, then B's. `half` of each vector at a time.
+template <PackedKind K>
+LOWBIT_INLINE void expand_unit(const uint8_t* p, int64_t steps, V lut, uint8_t* out) {
+  uint8_t* b = out + steps * 64;
+  for (int half = 0; half < 64; half += 32) {
+    if (K == PackedKind::k4 || K == PackedKind::k4Table) {
+      for (int64_t j = 0; j < steps; ++j) {
+        const V v = load(p + 64 * j + half);
+        store(out + 64 * j + half, look<K>(low_bits(v, 0, 15), lut));
+        store(b + 64 * j + half, look<K>(low_bits(v, 4, 15), lut));
       }
-    }
-  }
-}
-
-struct Tile {               // four decoded rows of w; missing ones have scale 0
-  const uint8_t* bytes;     // [4, row_size]
-  const float *scale, *zero;  // [groups, 4]; zero may be null
-  int32_t offset[kTileRows];
-};
-
-LOWBIT_AVX2_INLINE __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-
-// lane i of the result = sum of the 8 lanes of v[i]
-LOWBIT_AVX2_INLINE __m128i sum_rows(const __m256i v[kTileRows]) {
-  const __m256i h = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
-  return _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-}
-
-// scalar: for i: dot += w[i]*q[i], for MR tokens and 4 rows of w at once
-template <int MR, Form form>
-LOWBIT_AVX2_INLINE void dots(const uint8_t* w, const int8_t* q, int64_t ld, int64_t padded, __m256i acc[MR][kTileRows]) {
-  const __m256i ones = _mm256_set1_epi16(1);
-  for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < kTileRows; ++n) acc[m][n] = _mm256_setzero_si256();
-  for (int64_t i = 0; i < padded; i += kPad) {
-    __m256i a[MR];
-    for (int m = 0; m < MR; ++m) a[m] = load(q + m * ld + i);
-    for (int n = 0; n < kTileRows; ++n) {
-      const __m256i b = load(w + n * ld + i);
-      for (int m = 0; m < MR; ++m) {
-        if (form == Form::kNarrow) {
-          acc[m][n] = _mm256_add_epi16(acc[m][n], _mm256_maddubs_epi16(b, a[m]));
-        } else {
-          const __m256i p = form == Form::kOffset
-                                ? _mm256_maddubs_epi16(b, a[m])
-                                : _mm256_maddubs_epi16(_mm256_abs_epi8(b), _mm256_sign_epi8(a[m], b));
-          acc[m][n] = _mm256_add_epi32(acc[m][n], _mm256_madd_epi16(p, ones));
+    } else if (K == PackedKind::k2 || K == PackedKind::k2Table) {
+      for (int64_t j = 0; j < steps / 2; ++j) {
+        const V v = load(p + 64 * j + half);
+        store(out + 128 * j + half, look<K>(low_bits(v, 0, 3), lut));
+        store(out + 128 * j + 64 + half, look<K>(low_bits(v, 2, 3), lut));
+        store(b + 128 * j + half, look<K>(low_bits(v, 4, 3), lut));
+        store(b + 128 * j + 64 + half, look<K>(low_bits(v, 6, 3), lut));
+      }
+    } else if (K == PackedKind::k1) {
+      for (int64_t j = 0; j < steps / 4; ++j) {
+        const V v = load(p + 64 * j + half);
+        for (int i = 0; i < 4; ++i) {
+          store(out + 256 * j + 64 * i + half, look<K>(low_bits(v, i, 1), lut));
+          store(b + 256 * j + 64 * i + half, look<K>(low_bits(v, 4 + i, 1), lut));
+        }
+      }
+    } else {  // three bits: the fourth step is spread over the upper two bits of three vectors
+      for (int64_t j = 0; j < steps / 4; ++j) {
+        const V v[3] = {load(p + 192 * j + half), load(p + 192 * j + 64 + half), load(p + 192 * j + 128 + half)};
+        const V fourth = _mm256_or_si256(_mm256_or_si256(low_bits(v[0], 6, 3), low_bits(v[1], 4, 12)),
+                                         low_bits(v[2], 2, 48));
+        for (int i = 0; i < 4; ++i) {
+          const V s = i < 3 ? v[i] : fourth;
+          store(out + 256 * j + 64 * i + half, look<K>(low_bits(s, 0, 7), lut));
+          store(b + 256 * j + 64 * i + half, look<K>(low_bits(s, 3, 7), lut));
         }
       }
     }
   }
-  if (form == Form::kNarrow)
-    for (int m = 0; m < MR; ++m)
-      for (int n = 0; n < kTileRows; ++n) acc[m][n] = _mm256_madd_epi16(acc[m][n], ones);
 }
 
-// scalar: part = dot - zero*sum;  acc += part * scale * act_scale
-template <int MR, Form form>
-LOWBIT_AVX2_INLINE void block(const Segments& seg, const Tile& t, const Activations& a, int64_t m0, __m128 y[MR]) {
-  const int64_t ld = seg.row_size();
-  const __m128i offset = _mm_loadu_si128(reinterpret_cast<const __m128i*>(t.offset));
-  for (int m = 0; m < MR; ++m) y[m] = _mm_setzero_ps();
-  for (int64_t g = 0, s = 0; s < seg.count; ++g) {
-    const __m128 scale = _mm_loadu_ps(t.scale + g * kTileRows);
-    for (const int64_t end = s + seg.per_group; s < end; ++s) {
-      __m256i acc[MR][kTileRows];
-      dots<MR, form>(t.bytes + s * seg.padded, a.q + m0 * ld + s * seg.padded, ld, seg.padded, acc);
-      for (int m = 0; m < MR; ++m) {
-        const int64_t at = (m0 + m) * seg.count + s;
-        __m128i dot = sum_rows(acc[m]);
-        if (form != Form::kSign) dot = _mm_sub_epi32(dot, _mm_mullo_epi32(offset, _mm_set1_epi32(a.sum[at])));
-        __m128 part = _mm_cvtepi32_ps(dot);
-        if (t.zero)
-          part = _mm_sub_ps(part, _mm_mul_ps(_mm_loadu_ps(t.zero + g * kTileRows),
-                                             _mm_set1_ps(static_cast<float>(a.sum[at]))));
-        y[m] = _mm_add_ps(y[m], _mm_mul_ps(_mm_mul_ps(part, scale), _mm_set1_ps(a.scale[at])));
+// scalar: dot = sum level * q over one segment, 16 rows in two halves, for MR tokens
+template <Form F, int MR>
+LOWBIT_INLINE void dots(const uint8_t* u, const int8_t* q, int64_t ld, int64_t steps, V low, V dot[MR][2]) {
+  const V ones = _mm256_set1_epi16(1);
+  for (int j = 0; j < MR; ++j) dot[j][0] = dot[j][1] = _mm256_setzero_si256();
+  for (int64_t t = 0; t < steps; ++t, u += 64, q += 4) {
+    V w[2] = {load(u), load(u + 32)}, magnitude[2];
+    if (F == Form::kSign)
+      for (int h = 0; h < 2; ++h) {
+        w[h] = _mm256_add_epi8(w[h], low);
+        magnitude[h] = _mm256_abs_epi8(w[h]);
+      }
+    for (int j = 0; j < MR; ++j) {
+      int32_t four;
+      std::memcpy(&four, q + j * ld, sizeof four);
+      const V x = _mm256_set1_epi32(four);
+      for (int h = 0; h < 2; ++h) {
+        if (F == Form::kNarrow)
+          dot[j][h] = _mm256_add_epi16(dot[j][h], _mm256_maddubs_epi16(w[h], x));
+        else if (F == Form::kWide)
+          dot[j][h] = _mm256_add_epi32(dot[j][h], _mm256_madd_epi16(_mm256_maddubs_epi16(w[h], x), ones));
+        else
+          dot[j][h] = _mm256_add_epi32(
+              dot[j][h], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude[h], _mm256_sign_epi8(x, w[h])), ones));
       }
     }
   }
+  if (F == Form::kNarrow)
+    for (int j = 0; j < MR; ++j)
+      for (int h = 0; h < 2; ++h) dot[j][h] = _mm256_madd_epi16(dot[j][h], ones);
 }
 
-LOWBIT_AVX2_INLINE void store_rows(float* y, __m128 v, int64_t rows) {
-  if (rows == kTileRows) _mm_storeu_ps(y, v);
-  else _mm_maskstore_ps(y, _mm256_castsi256_si128(first_lanes(rows)), v);
+LOWBIT_INLINE F8 meta(const uint8_t* p, bool wide, int i, int half) {  // i = 0: scales, 1: zeros
+  if (wide) return _mm256_loadu_ps(reinterpret_cast<const float*>(p + 64 * i + 32 * half));
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 32 * i + 16 * half)));
 }
 
-template <Form form>
-LOWBIT_AVX2 void tile_form(const Segments& seg, const Tile& t, const Activations& a, int64_t m0, int64_t m1,
-                           int64_t rows, float* y, int64_t ldy) {
-  int64_t m = m0;
-  for (; m + 2 <= m1; m += 2) {
-    __m128 v[2];
-    block<2, form>(seg, t, a, m, v);
-    store_rows(y + m * ldy, v[0], rows);
-    store_rows(y + (m + 1) * ldy, v[1], rows);
+// scalar: y = acc * step + bias
+LOWBIT_INLINE void finish(const Packed& p, F8 acc, int64_t block, int half, const float* bias, float* y) {
+  const int64_t n0 = block * kRows + 8 * half;
+  if (n0 >= p.h.n) return;
+  const V mask = first_lanes(std::min<int64_t>(8, p.h.n - n0));
+  acc = _mm256_mul_ps(acc, _mm256_loadu_ps(p.step(block) + 8 * half));
+  if (bias) acc = _mm256_add_ps(acc, _mm256_maskload_ps(bias + n0, mask));
+  _mm256_maskstore_ps(y + n0, mask, acc);
+}
+
+// Tokens [m, m+MR) times one block: its codes, expanded unit by unit, or its u as bytes already.
+template <PackedKind K, Form F, int MR>
+LOWBIT_FN void tile(const Packed& p, const uint8_t* codes, const Operand& o, int64_t m, int64_t b, const float* bias,
+                      float* y) {
+  const int64_t ld = p.seg.row_size(), lds = p.seg.padded, steps = p.seg.length / 4;
+  const Luts luts = luts_of(p.h);
+  const V lut = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(luts.v)));
+  const V low = _mm256_set1_epi8(static_cast<char>(p.h.low));
+  alignas(64) uint8_t bytes[kMostSteps * 128];
+  F8 part[MR][2], acc[MR][2];
+  for (int j = 0; j < MR; ++j)
+    for (int h = 0; h < 2; ++h) part[j][h] = acc[j][h] = _mm256_setzero_ps();
+  int64_t in_group = 0, g = 0;
+  for (int64_t s = 0; s < p.seg.count; ++s) {
+    if (K != PackedKind::kBytes && s % 2 == 0) expand_unit<K>(codes + s / 2 * p.unit_bytes(), steps, lut, bytes);
+    const uint8_t* u = K == PackedKind::kBytes ? codes + s * steps * 64 : bytes + s % 2 * steps * 64;
+    V dot[MR][2];
+    dots<F, MR>(u, o.t.q + m * ld + s * p.seg.length, ld, steps, low, dot);
+    for (int j = 0; j < MR; ++j) {
+      const int64_t at = (m + j) * lds + s;
+      const V start = _mm256_set1_epi32(F == Form::kSign ? 0 : p.h.low * o.t.sum[at]);
+      const F8 scale = _mm256_set1_ps(o.t.scale[at]);
+      for (int h = 0; h < 2; ++h)
+        part[j][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(dot[j][h], start)), scale, part[j][h]);
+    }
+    if (++in_group < p.seg.per_group) continue;
+    const uint8_t* of_group = p.meta(b) + g * p.group_bytes();
+    for (int h = 0; h < 2; ++h) {  // scalar: part -= zero * group_sum;  acc += part * scale
+      const F8 scale = meta(of_group, p.h.wide, 0, h);
+      for (int j = 0; j < MR; ++j) {
+        if (o.group_sum)
+          part[j][h] = _mm256_fnmadd_ps(meta(of_group, p.h.wide, 1, h),
+                                        _mm256_set1_ps(o.group_sum[(m + j) * p.h.groups + g]), part[j][h]);
+        acc[j][h] = _mm256_fmadd_ps(part[j][h], scale, acc[j][h]);
+        part[j][h] = _mm256_setzero_ps();
+      }
+    }
+    in_group = 0;
+    ++g;
   }
-  for (; m < m1; ++m) {
-    __m128 v[1];
-    block<1, form>(seg, t, a, m, v);
-    store_rows(y + m * ldy, v[0], rows);
-  }
+  for (int j = 0; j < MR; ++j)
+    for (int h = 0; h < 2; ++h) finish(p, acc[j][h], b, h, bias, y + (m + j) * p.h.n);
 }
 
-// [rows, groups] -> [groups, 4], zeros for missing rows
-void transpose(const float* from, int64_t groups, int64_t rows, float* to) {
-  for (int64_t g = 0; g < groups; ++g)
-    for (int64_t i = 0; i < kTileRows; ++i) to[g * kTileRows + i] = i < rows ? from[i * groups + g] : 0.0f;
+template <PackedKind K>
+LOWBIT_FN void to_bytes(const Packed& p, int64_t block, uint8_t* out) {
+  const int64_t steps = p.seg.length / 4;
+  const Luts luts = luts_of(p.h);
+  const V lut = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(luts.v)));
+  for (int64_t unit = 0; unit < p.units; ++unit)
+    expand_unit<K>(p.codes(block) + unit * p.unit_bytes(), steps, lut, out + unit * steps * 128);
 }
 
-struct Scratch {
-  std::vector<uint8_t> codes, bytes;
-  std::vector<float> scale, zero;
-  ByteTable table;
+using TileFn = void (*)(const Packed&, const uint8_t*, const Operand&, int64_t m, int64_t b, const float*, float*);
+using BytesFn = void (*)(const Packed&, int64_t block, uint8_t* out);
+constexpr int64_t kMostTokens = 4;
+struct Tiles {
+  TileFn of[kMostTokens + 1];
 };
+struct Kernels {
+  Tiles narrow, wide, sign;
+  BytesFn bytes;
+};
+
+template <PackedKind K, Form F>
+constexpr Tiles tiles() {
+  return {{nullptr, tile<K, F, 1>, tile<K, F, 2>, tile<K, F, 3>, tile<K, F, 4>}};
+}
+template <PackedKind K>
+constexpr Kernels kEven = {tiles<K, Form::kNarrow>(), {}, {}, to_bytes<K>};
+template <PackedKind K>
+constexpr Kernels kAny = {tiles<K, Form::kNarrow>(), tiles<K, Form::kWide>(), tiles<K, Form::kSign>(), to_bytes<K>};
+constexpr Kernels kFromBytes = {tiles<PackedKind::kBytes, Form::kNarrow>(), tiles<PackedKind::kBytes, Form::kWide>(),
+                                tiles<PackedKind::kBytes, Form::kSign>(), nullptr};
+
+const Kernels& kernels_of(PackedKind kind) {
+  switch (kind) {
+    case PackedKind::k1: return kEven<PackedKind::k1>;
+    case PackedKind::k2: return kEven<PackedKind::k2>;
+    case PackedKind::k3: return kEven<PackedKind::k3>;
+    case PackedKind::k4: return kEven<PackedKind::k4>;
+    case PackedKind::k2Table: return kAny<PackedKind::k2Table>;
+    case PackedKind::k3Table: return kAny<PackedKind::k3Table>;
+    case PackedKind::k4Table: return kAny<PackedKind::k4Table>;
+    case PackedKind::kBytes: break;
+  }
+  return kFromBytes;
+}
+
+const Tiles& tiles_of(const Packed& p, const Kernels& k) {
+  const int64_t steps = p.seg.length / 4;
+  if (p.h.span * 2 * 127 * steps <= 32767) return k.narrow;  // even grids always: 15*2*127*8 = 30480
+  return p.h.span <= 129 ? k.wide : k.sign;
+}
+
+LOWBIT_INLINE F8 load_part(const float* x, int64_t at, int64_t len) {
+  return at + 8 <= len ? _mm256_loadu_ps(x + at)
+         : at < len    ? _mm256_maskload_ps(x + at, first_lanes(len - at))
+                       : _mm256_setzero_ps();
+}
 
 }  // namespace
 
-// scalar: a = max|x|; q = nearbyint(x * (127/a)); sum += q
-LOWBIT_AVX2 void quantize_avx2(const float* x, const Segments& seg, int8_t* q, float* scale, int32_t* sum) {
-  constexpr float kTiny = 1e-30f;  // as in scalar.cpp
-  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the per-lane packs
-  for (int64_t s = 0; s < seg.count; ++s, q += seg.padded) {
-    const float* xs = x + seg.begin(s);
-    const int64_t len = seg.size(s);
-    __m256i most = _mm256_setzero_si256();  // bits of |x| are ordered like |x|, with NaN > Inf > all numbers
-    for (int64_t i = 0; i < len; i += 8) {
-      const __m256 v = i + 8 <= len ? _mm256_loadu_ps(xs + i) : _mm256_maskload_ps(xs + i, first_lanes(len - i));
-      most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(v), magnitude));
+void linear_int8_avx2(const Packed& p, const Operand& o, int64_t m0, int64_t m1, int64_t b0, int64_t b1,
+                      const float* bias, float* y) {
+  static thread_local std::vector<uint8_t> room;
+  const Kernels& k = kernels_of(p.h.kind);
+  const bool expand = k.bytes && m1 - m0 > kMostTokens;
+  const Tiles& tiles = tiles_of(p, expand ? kFromBytes : k);
+  if (expand) room.resize(std::max(room.size(), static_cast<size_t>(p.seg.row_size() * kRows)));
+  for (int64_t b = b0; b < b1; ++b) {
+    if (expand) k.bytes(p, b, room.data());
+    for (int64_t m = m0; m < m1; m += kMostTokens) {
+      const int64_t tokens = std::min(kMostTokens, m1 - m);
+      tiles.of[tokens](p, expand ? room.data() : p.codes(b), o, m, b, bias, y);
     }
+  }
+}
+
+// scalar: a = max|x|, q = round_to_even(x * 127/a)
+LOWBIT_FN void quantize_avx2(const float* x, const Segments& seg, int8_t* q, float* scale, int32_t* sum) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  for (int64_t s = 0; s < seg.padded; ++s, q += seg.length) {
+    const int64_t len = s < seg.count ? seg.size(s) : 0;
+    const float* xs = x + (len ? seg.begin(s) : 0);
+    __m256i most = _mm256_setzero_si256();  // bits of |x| are ordered like |x|, with NaN > Inf > all numbers
+    for (int64_t i = 0; i < len; i += 8)
+      most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(load_part(xs, i, len)), magnitude));
     alignas(32) int32_t lanes[8];
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), most);
     const int32_t bits = *std::max_element(lanes, lanes + 8);
@@ -201,63 +280,22 @@ LOWBIT_AVX2 void quantize_avx2(const float* x, const Segments& seg, int8_t* q, f
     const bool finite = bits < 0x7f800000;
     scale[s] = finite ? 0.0f : std::nanf("");
     if (!finite || a < kTiny) {
-      std::memset(q, 0, static_cast<size_t>(seg.padded));
+      std::memset(q, 0, static_cast<size_t>(seg.length));
       continue;
     }
     scale[s] = a / 127.0f;
     const __m256 inverse = _mm256_set1_ps(127.0f / a);
     __m256i total = _mm256_setzero_si256();
-    for (int64_t i = 0; i < seg.padded; i += kPad) {
-      __m256i v[4];
-      for (int j = 0; j < 4; ++j) {
-        const int64_t at = i + 8 * j;
-        const __m256 f = at + 8 <= len ? _mm256_loadu_ps(xs + at)
-                         : at < len    ? _mm256_maskload_ps(xs + at, first_lanes(len - at))
-                                       : _mm256_setzero_ps();
-        v[j] = _mm256_cvtps_epi32(_mm256_mul_ps(f, inverse));  // ties to even, as nearbyint
-        total = _mm256_add_epi32(total, v[j]);
-      }
-      const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), _mm256_permutevar8x32_epi32(bytes, order));
+    for (int64_t i = 0; i < seg.length; i += 16) {  // cvtps rounds ties to even, as nearbyint
+      const __m256i v0 = _mm256_cvtps_epi32(_mm256_mul_ps(load_part(xs, i, len), inverse));
+      const __m256i v1 = _mm256_cvtps_epi32(_mm256_mul_ps(load_part(xs, i + 8, len), inverse));
+      total = _mm256_add_epi32(total, _mm256_add_epi32(v0, v1));
+      const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v0, v1), 0xd8);  // undoes the per-lane pack
+      const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i), bytes);
     }
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), total);
     for (int32_t lane : lanes) sum[s] += lane;
-  }
-}
-
-LOWBIT_AVX2 void linear_int8_avx2(const Weights& w, const Segments& seg, const Activations& a, int64_t m0, int64_t m1,
-                                  int64_t n0, int64_t n1, float* y) {
-  static thread_local Scratch scratch;
-  const int64_t row = seg.row_size();
-  const int count = 1 << w.bits;
-  scratch.codes.resize(static_cast<size_t>(w.k + Segments::kMaxSegment + kPad));
-  scratch.bytes.resize(static_cast<size_t>(kTileRows * row));
-  scratch.scale.resize(static_cast<size_t>(w.groups * kTileRows));
-  scratch.zero.resize(w.zero ? static_cast<size_t>(w.groups * kTileRows) : 0);
-  Range shared = range_of(w.levels, count);
-  for (int64_t n = n0; n < n1; n += kTileRows) {
-    const int64_t rows = std::min<int64_t>(kTileRows, n1 - n);
-    int span = shared.hi - shared.lo;
-    if (w.table_rows > 1)
-      for (int64_t i = 0; i < rows; ++i) {
-        const Range r = range_of(w.levels_row(n + i), count);
-        span = i == 0 ? r.hi - r.lo : std::max(span, r.hi - r.lo);
-      }
-    const Form form = form_for(span, seg.padded / kPad);
-    Tile t{scratch.bytes.data(), scratch.scale.data(), w.zero ? scratch.zero.data() : nullptr, {}};
-    for (int64_t i = 0; i < rows; ++i) {
-      const Range r = w.table_rows > 1 ? range_of(w.levels_row(n + i), count) : shared;
-      t.offset[i] = form == Form::kSign ? 0 : -r.lo;
-      if (w.table_rows > 1 || (n == n0 && i == 0)) fill_table(w.levels_row(n + i), count, t.offset[i], scratch.table);
-      decode_segments(w, seg, n + i, scratch.table, scratch.codes.data(), scratch.bytes.data() + i * row);
-    }
-    transpose(w.scale + n * w.groups, w.groups, rows, scratch.scale.data());
-    if (w.zero) transpose(w.zero + n * w.groups, w.groups, rows, scratch.zero.data());
-    switch (form) {
-      case Form::kNarrow: tile_form<Form::kNarrow>(seg, t, a, m0, m1, rows, y + n, w.n); break;
-      case Form::kOffset: tile_form<Form::kOffset>(seg, t, a, m0, m1, rows, y + n, w.n); break;
-      case Form::kSign: tile_form<Form::kSign>(seg, t, a, m0, m1, rows, y + n, w.n); break;
-    }
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include "binding.h"
 #include "columns.h"
+#include "linear_int8.h"
 
 using nb::literals::operator""_a;
 
@@ -32,16 +33,46 @@ void linear_float(Floats x, Codes codes, Floats table, Floats scale, Floats zero
   if (m > 0 && w.n > 0) lowbit::linear_float(w, from, m, to, n_threads, isa);
 }
 
-void linear_int8(Floats x, Codes codes, Levels levels, Floats scale, Floats zero, int bits, Array<float, 2> y,
-                 int n_threads, const std::string& isa) {
-  lowbit::Weights w = weights(codes, scale, zero, bits, dim(x, 1));
+lowbit::Weights int8_weights(const Codes& codes, const Levels& levels, const Floats& scale, const Floats& zero,
+                             const Array<const float, 1>& step, int bits, int64_t k) {
+  lowbit::Weights w = weights(codes, scale, zero, bits, k);
   w.levels = levels.data();
   w.table_rows = table_rows(levels, w);
+  need(dim(step, 0) == w.table_rows, "step must have one number for each row of levels");
+  return w;
+}
+
+int64_t packed_bytes(Codes codes, Levels levels, Floats scale, Floats zero, Array<const float, 1> step, int bits,
+                     int64_t k) {
+  const lowbit::Weights w = int8_weights(codes, levels, scale, zero, step, bits, k);
+  nb::gil_scoped_release release;
+  return lowbit::Packed(lowbit::plan_packed(w)).bytes();
+}
+
+void pack(Codes codes, Levels levels, Floats scale, Floats zero, Array<const float, 1> step, int bits, int64_t k,
+          Array<uint8_t, 1> out) {
+  const lowbit::Weights w = int8_weights(codes, levels, scale, zero, step, bits, k);
+  const float* steps = step.data();
+  uint8_t* to = out.data();
+  const int64_t room = dim(out, 0);
+  nb::gil_scoped_release release;
+  const lowbit::PackedHeader header = lowbit::plan_packed(w);
+  if (lowbit::Packed(header).bytes() != room) throw std::invalid_argument("out does not have packed_bytes() bytes");
+  lowbit::pack(w, steps, header, to);
+}
+
+void linear_int8(Floats x, Array<const uint8_t, 1> packed, std::optional<Array<const float, 1>> bias,
+                 Array<float, 2> y, int n_threads, const std::string& isa) {
+  const lowbit::Packed p(packed.data(), dim(packed, 0));
+  need(dim(x, 1) == p.h.k, "x has " + str(dim(x, 1)) + " columns; the packed matrix has " + str(p.h.k));
+  need(!bias || dim(*bias, 0) == p.h.n, "bias must have " + str(p.h.n) + " numbers");
+  lowbit::Weights w;
+  w.n = p.h.n;
   const int64_t m = tokens(x, y, w);
-  const float* from = x.data();
+  const float *from = x.data(), *add = bias ? bias->data() : nullptr;
   float* to = y.data();
   nb::gil_scoped_release release;
-  if (m > 0 && w.n > 0) lowbit::linear_int8(w, from, m, to, n_threads, isa);
+  if (m > 0 && p.h.n > 0) lowbit::linear_int8(p, from, m, add, to, n_threads, isa);
 }
 
 void decode(Codes codes, Floats table, Floats scale, Floats zero, int bits, std::optional<Array<const int64_t, 1>> rows,
@@ -72,11 +103,12 @@ void quantize(Floats x, int64_t groups, Array<int8_t, 2> q, Array<float, 2> scal
        "K = " + str(k) + " does not divide into " + str(groups) + " groups");
   const lowbit::Segments seg(groups, k / groups);
   need(dim(q, 0) == m && dim(q, 1) == seg.row_size(), "q must be [" + str(m) + ", " + str(seg.row_size()) + "]");
-  need(dim(scale, 0) == m && dim(scale, 1) == seg.count && dim(sum, 0) == m && dim(sum, 1) == seg.count,
-       "scale and sum must be [" + str(m) + ", " + str(seg.count) + "]");
+  need(dim(scale, 0) == m && dim(scale, 1) == seg.padded && dim(sum, 0) == m && dim(sum, 1) == seg.padded,
+       "scale and sum must be [" + str(m) + ", " + str(seg.padded) + "]");
   const lowbit::QuantizeFn fn = lowbit::pick(lowbit::kQuantize, isa).fn;
   for (int64_t i = 0; i < m; ++i)
-    fn(x.data() + i * k, seg, q.data() + i * seg.row_size(), scale.data() + i * seg.count, sum.data() + i * seg.count);
+    fn(x.data() + i * k, seg, q.data() + i * seg.row_size(), scale.data() + i * seg.padded,
+       sum.data() + i * seg.padded);
 }
 
 nb::tuple segments(int64_t groups, int64_t group) {
@@ -139,11 +171,15 @@ NB_MODULE(_kernels, m) {
   m.doc() = "Kernels of lowbit. Internal: arguments are checked, nothing is converted. Use lowbit.runtime.";
   m.def("table", &table, "[(op, isa, supported by this CPU)], best row of each operation first");
   m.def("pick", &picked, "op"_a, "isa"_a, "Name of the row that runs `op` when LOWBIT_ISA is `isa` ('' for the best)");
-  m.def("segments", &segments, "groups"_a, "group"_a, "(count, length, padded, per_group) of the int8 layout");
+  m.def("segments", &segments, "groups"_a, "group"_a, "(count, length, padded, per_group) of the segments");
   m.def("linear_float", &linear_float, "x"_a.noconvert(), "codes"_a.noconvert(), "table"_a.noconvert(),
         "scale"_a.noconvert(), "zero"_a.noconvert(), "bits"_a, "y"_a.noconvert(), "n_threads"_a, "isa"_a);
-  m.def("linear_int8", &linear_int8, "x"_a.noconvert(), "codes"_a.noconvert(), "levels"_a.noconvert(),
-        "scale"_a.noconvert(), "zero"_a.noconvert(), "bits"_a, "y"_a.noconvert(), "n_threads"_a, "isa"_a);
+  m.def("packed_bytes", &packed_bytes, "codes"_a.noconvert(), "levels"_a.noconvert(), "scale"_a.noconvert(),
+        "zero"_a.noconvert(), "step"_a.noconvert(), "bits"_a, "k"_a, "Size of the kernel layout `pack` writes");
+  m.def("pack", &pack, "codes"_a.noconvert(), "levels"_a.noconvert(), "scale"_a.noconvert(), "zero"_a.noconvert(),
+        "step"_a.noconvert(), "bits"_a, "k"_a, "out"_a.noconvert());
+  m.def("linear_int8", &linear_int8, "x"_a.noconvert(), "packed"_a.noconvert(), "bias"_a.noconvert().none(),
+        "y"_a.noconvert(), "n_threads"_a, "isa"_a);
   m.def("decode", &decode, "codes"_a.noconvert(), "table"_a.noconvert(), "scale"_a.noconvert(), "zero"_a.noconvert(),
         "bits"_a, "rows"_a.noconvert().none(), "out"_a.noconvert(), "n_threads"_a, "isa"_a);
   m.def("solve_columns", &solve_columns, "columns"_a.noconvert(), "other"_a.noconvert(), "moved"_a.noconvert(),

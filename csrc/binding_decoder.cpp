@@ -103,16 +103,15 @@ void set_float(BoundDecoder& d, int64_t layer, const std::string& name, Codes co
   linear_at(d, layer, name) = l;
 }
 
-void set_int8(BoundDecoder& d, int64_t layer, const std::string& name, Codes codes, Levels levels, Floats scale,
-              Floats zero, int bits, int64_t k, std::optional<Vector> bias) {
+void set_int8(BoundDecoder& d, int64_t layer, const std::string& name, Array<const uint8_t, 1> packed,
+              std::optional<Vector> bias) {
+  need(name != "embedding", "an embedding has no int8 product");
   lowbit::Linear l;
   l.kind = lowbit::Linear::Kind::kInt8;
-  l.w = weights(codes, scale, zero, bits, k);
-  l.w.table_rows = table_rows(levels, l.w);
-  l.w.levels = d.pointer(levels);
-  d.pointer(codes), d.pointer(scale), d.pointer(zero);
+  l.packed.emplace(d.pointer(packed), dim(packed, 0));
+  l.w.n = l.packed->h.n;
+  l.w.k = l.packed->h.k;
   set_common(d, l, name, bias);
-  need(name != "embedding", "an embedding has no int8 product");
   linear_at(d, layer, name) = l;
 }
 
@@ -200,8 +199,8 @@ void bind_decoder(nb::module_& m) {
       .def("set_layer", &set_layer, "layer"_a, "norm_attention"_a.noconvert(), "norm_mlp"_a.noconvert(), "window"_a)
       .def("set_float", &set_float, "layer"_a, "name"_a, "codes"_a.noconvert(), "table"_a.noconvert(),
            "scale"_a.noconvert(), "zero"_a.noconvert(), "bits"_a, "k"_a, "bias"_a.noconvert().none())
-      .def("set_int8", &set_int8, "layer"_a, "name"_a, "codes"_a.noconvert(), "levels"_a.noconvert(),
-           "scale"_a.noconvert(), "zero"_a.noconvert(), "bits"_a, "k"_a, "bias"_a.noconvert().none())
+      .def("set_int8", &set_int8, "layer"_a, "name"_a, "packed"_a.noconvert(),
+           "bias"_a.noconvert().none())
       .def("set_dense", &set_dense, "layer"_a, "name"_a, "w"_a.noconvert(), "bias"_a.noconvert().none())
       .def("set_exceptions", &set_exceptions, "layer"_a, "name"_a, "row"_a.noconvert(), "col"_a.noconvert(),
            "value"_a.noconvert())

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "decoder_math.h"
+#include "linear_int8.h"
 #include "pool.h"
 
 namespace lowbit {
@@ -19,7 +20,7 @@ int threads_for(int64_t work, int n_threads) { return work < kInlineWork ? 1 : n
 
 // The seam to the kernels: whatever a packed weight looks like to them, it is multiplied here and nowhere else.
 void packed_product(const Linear& l, const float* x, int64_t m, float* y, int n_threads, const std::string& isa) {
-  if (l.kind == Linear::Kind::kInt8) linear_int8(l.w, x, m, y, n_threads, isa);
+  if (l.kind == Linear::Kind::kInt8) linear_int8(*l.packed, x, m, nullptr, y, n_threads, isa);
   else linear_float(l.w, x, m, y, n_threads, isa);
 }
 

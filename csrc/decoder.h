@@ -10,10 +10,11 @@
 #pragma once
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "kernels.h"
+#include "packed.h"
 
 namespace lowbit {
 
@@ -21,7 +22,8 @@ namespace lowbit {
 struct Linear {
   enum class Kind { kFloat, kInt8, kDense };
   Kind kind = Kind::kDense;
-  Weights w;                    // n and k are set for every kind
+  Weights w;                     // n and k are set for every kind
+  std::optional<Packed> packed;  // kInt8
   const float* dense = nullptr;  // [n, k]
   const float* bias = nullptr;   // [n], or null
   const int64_t* exception_row = nullptr;  // [n+1] offsets, or null

@@ -35,35 +35,26 @@ struct Weights {
   const int8_t* levels_row(int64_t i) const { return levels + (table_rows == 1 ? 0 : i << bits); }
 };
 
-// How the integer op cuts K: each weight group into segments that share one activation scale, each segment padded
-// with zeros to whole vectors. A group of at most kMaxSegment is one segment; a larger one is cut in blocks of
-// kBlock with a ragged tail. 32: language models have single huge activations, and whatever shares their scale loses
-// its bits (SmolLM2 at 4 bits: perplexity +0.8% with segments of 64, +0.3% with 32). Every row uses this layout, so a row's vector loads never meet another segment.
+// How the integer op cuts K: each weight group into segments of `length` columns that share one activation scale, the
+// last of a group ragged, each padded with zeros to `length`. 32: language models have single huge activations, and
+// whatever shares their scale loses its bits (SmolLM2 at 4 bits: perplexity +0.8% with segments of 64, +0.3% with 32).
+// 16 for small groups that would be mostly padding otherwise.
 struct Segments {
-  static constexpr int64_t kMaxSegment = 32, kBlock = 32, kPad = 32;
-  int64_t group, per_group, count, length, padded;  // length: of all but a ragged tail
+  int64_t group, length, per_group, count, padded;  // padded: count, made even (the kernels take segments in pairs)
 
   Segments(int64_t groups, int64_t group_)
       : group(group_),
-        per_group(group_ <= kMaxSegment ? 1 : (group_ + kBlock - 1) / kBlock),
+        length(group_ <= 112 && (group_ + 15) / 16 % 2 ? 16 : 32),
+        per_group((group_ + length - 1) / length),
         count(groups * per_group),
-        length(group_ <= kMaxSegment ? group_ : kBlock),
-        padded((length + kPad - 1) / kPad * kPad) {}
+        padded(count + count % 2) {}
 
   int64_t begin(int64_t s) const { return s / per_group * group + s % per_group * length; }
   int64_t size(int64_t s) const {
     const int64_t left = group - s % per_group * length;
     return left < length ? left : length;
   }
-  int64_t row_size() const { return count * padded; }
-};
-
-// Activations quantized per token and segment: x ~ q * scale, |q| <= 127 (never -128: see the int8 kernels).
-struct Activations {
-  int8_t* q;       // [m, segments.count, segments.padded], zeros in the padding
-  float* scale;    // [m, segments.count]
-  int32_t* sum;    // [m, segments.count], sum of q
-  int64_t m;
+  int64_t row_size() const { return padded * length; }
 };
 
 // One table per operation; a row is one instruction set. Every fn works on a tile, so that threads (linear.cpp)
@@ -77,9 +68,8 @@ struct LinearFloat {
                float* y);  // y [M,N]; writes the tile [m0,m1) x [n0,n1)
 };
 using LinearFloatFn = const LinearFloat*;
-using QuantizeFn = void (*)(const float* x, const Segments&, int8_t* q, float* scale, int32_t* sum);  // one token
-using LinearInt8Fn = void (*)(const Weights&, const Segments&, const Activations&, int64_t m0, int64_t m1, int64_t n0,
-                              int64_t n1, float* y);
+// One token [K] to q [padded * length], scale [padded] and sum of q [padded]; zeros in all padding.
+using QuantizeFn = void (*)(const float* x, const Segments&, int8_t* q, float* scale, int32_t* sum);
 
 template <class Fn>
 struct Row {
@@ -112,7 +102,6 @@ struct Table {
 extern const Table<DecodeFn> kDecode;
 extern const Table<LinearFloatFn> kLinearFloat;
 extern const Table<QuantizeFn> kQuantize;
-extern const Table<LinearInt8Fn> kLinearInt8;
 
 // The first row this CPU can run and that `force` (LOWBIT_ISA) allows.
 template <class Fn>
@@ -129,6 +118,5 @@ const Row<Fn>& pick(const Table<Fn>& table, const std::string& force) {
 void decode_rows(const Weights&, const int64_t* rows, int64_t count, float* out, int n_threads,
                  const std::string& force);  // rows may be null: 0..count-1
 void linear_float(const Weights&, const float* x, int64_t m, float* y, int n_threads, const std::string& force);
-void linear_int8(const Weights&, const float* x, int64_t m, float* y, int n_threads, const std::string& force);
 
 }  // namespace lowbit

@@ -57,25 +57,4 @@ void linear_float(const Weights& w, const float* x, int64_t m, float* y, int n_t
   }
 }
 
-void linear_int8(const Weights& w, const float* x, int64_t m, float* y, int n_threads, const std::string& force) {
-  const QuantizeFn quantize = pick(kQuantize, force).fn;
-  const LinearInt8Fn fn = pick(kLinearInt8, force).fn;
-  const Segments seg(w.groups, w.group);
-  const int64_t chunk = std::min(m, kChunkM), row = seg.row_size();
-  std::vector<int8_t> q(static_cast<size_t>(chunk * row));
-  std::vector<float> scale(static_cast<size_t>(chunk * seg.count));
-  std::vector<int32_t> sum(static_cast<size_t>(chunk * seg.count));
-  for (int64_t c = 0; c < m; c += kChunkM) {
-    const int64_t tokens = std::min(m - c, kChunkM);
-    const float* xc = x + c * w.k;
-    parallel_for(tokens, threads_for(tokens * w.k * 4, n_threads), [&](int64_t i) {
-      quantize(xc + i * w.k, seg, q.data() + i * row, scale.data() + i * seg.count, sum.data() + i * seg.count);
-    });
-    const Activations a{q.data(), scale.data(), sum.data(), tokens};
-    float* yc = y + c * w.n;
-    for_tiles(0, tokens, w.n, threads_for(tokens * w.n * w.k, n_threads),
-              [&](int64_t m0, int64_t m1, int64_t n0, int64_t n1) { fn(w, seg, a, m0, m1, n0, n1, yc); });
-  }
-}
-
 }  // namespace lowbit

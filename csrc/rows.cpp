@@ -38,7 +38,7 @@ uint32_t detect() {
   cpuid(0, 0, r);
   if (r[0] < 7) return 0;
   cpuid(1, 0, r);
-  const bool fma = r[2] >> 12 & 1, osxsave = r[2] >> 27 & 1, avx = r[2] >> 28 & 1;
+  const bool fma = (r[2] >> 12 & 1) && (r[2] >> 29 & 1), osxsave = r[2] >> 27 & 1, avx = r[2] >> 28 & 1;
   if (!fma || !osxsave || !avx) return 0;
   const uint64_t saved = xcr0();
   if ((saved & 6) != 6) return 0;  // the OS must save XMM and YMM state
@@ -66,8 +66,14 @@ const Row<LinearFloatFn> kLinearFloatRows[] = {
     {"avx2", kAvx2, &linear_float_avx2},
 #endif
     {"scalar", 0, &linear_float_scalar}};
+#if LOWBIT_X86
+const Row<QuantizeFn> kQuantizeRows[] = {{"avx512", kAvx2 | kAvx512, quantize_avx512}, LOWBIT_ROWS(quantize)};
+const Row<LinearInt8Fn> kLinearInt8Rows[] = {{"avx512", kAvx2 | kAvx512 | kVnni, linear_int8_avx512},
+                                             LOWBIT_ROWS(linear_int8)};
+#else
 const Row<QuantizeFn> kQuantizeRows[] = {LOWBIT_ROWS(quantize)};
 const Row<LinearInt8Fn> kLinearInt8Rows[] = {LOWBIT_ROWS(linear_int8)};
+#endif
 
 struct Isa {
   const char* name;

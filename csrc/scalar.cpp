@@ -50,7 +50,10 @@ const LinearFloat linear_float_scalar = {nullptr, nullptr, linear_float_tile};
 // 127 plus a rounding error far below 0.5. A segment with Inf or NaN gets scale NaN, so that y shows it.
 void quantize_scalar(const float* x, const Segments& seg, int8_t* q, float* scale, int32_t* sum) {
   std::memset(q, 0, static_cast<size_t>(seg.row_size()));
-  for (int64_t s = 0; s < seg.count; ++s, q += seg.padded) {
+  for (int64_t s = 0; s < seg.padded; ++s, q += seg.length) {
+    scale[s] = 0.0f;
+    sum[s] = 0;
+    if (s == seg.count) break;
     const float* xs = x + seg.begin(s);
     const int64_t len = seg.size(s);
     float a = 0;
@@ -59,8 +62,7 @@ void quantize_scalar(const float* x, const Segments& seg, int8_t* q, float* scal
       finite = finite && std::isfinite(xs[i]);
       a = std::fabs(xs[i]) > a ? std::fabs(xs[i]) : a;
     }
-    sum[s] = 0;
-    scale[s] = finite ? 0.0f : std::nanf("");
+    if (!finite) scale[s] = std::nanf("");
     if (!finite || a < kTiny) continue;
     scale[s] = a / 127.0f;
     const float inverse = 127.0f / a;
@@ -71,27 +73,35 @@ void quantize_scalar(const float* x, const Segments& seg, int8_t* q, float* scal
   }
 }
 
-// y = sum_s ((float(dot_s) - zero*float(sum_s)) * scale) * act_scale_s, left to right in float32, dot_s an exact
-// integer: |dot_s| <= 256*128*127 < 2^24, so float(dot_s) is exact too.
-void linear_int8_scalar(const Weights& w, const Segments& seg, const Activations& a, int64_t m0, int64_t m1, int64_t n0,
-                        int64_t n1, float* y) {
-  std::vector<int8_t> wn(static_cast<size_t>(w.k));
-  for (int64_t n = n0; n < n1; ++n) {
-    const int8_t* levels = w.levels_row(n);
-    for (int64_t k = 0; k < w.k; ++k) wn[k] = levels[code_at(w.row(n), k, w.bits)];
+// dot_s = sum over a segment of level * q, an exact integer: |dot_s| <= 32*128*127 < 2^24, so float(dot_s) is exact too.
+// Per group: part = sum_s dot_s * scale_s; part -= zero * sum_s sum(q_s) * scale_s; y += part * scale, each a fused
+// multiply-add in float32, left to right. In the end y = y * step + bias, two roundings.
+void linear_int8_scalar(const Packed& p, const Operand& o, int64_t m0, int64_t m1, int64_t b0, int64_t b1,
+                        const float* bias, float* y) {
+  const Segments& seg = p.seg;
+  std::vector<int8_t> level(static_cast<size_t>(seg.row_size()));
+  for (int64_t n = b0 * Packed::kRows; n < b1 * Packed::kRows && n < p.h.n; ++n) {
+    for (int64_t s = 0; s < seg.count; ++s)
+      for (int64_t i = 0; i < seg.size(s); ++i)
+        level[s * seg.length + i] = static_cast<int8_t>(p.h.low + packed_u(p, n, s, i));
     for (int64_t m = m0; m < m1; ++m) {
+      const int8_t* q = o.t.q + m * seg.row_size();
       float acc = 0;
-      for (int64_t s = 0; s < seg.count; ++s) {
-        const int8_t* q = a.q + m * seg.row_size() + s * seg.padded;
-        const int8_t* ws = wn.data() + seg.begin(s);
-        int32_t dot = 0;
-        for (int64_t i = 0; i < seg.size(s); ++i) dot += static_cast<int32_t>(ws[i]) * q[i];
-        const int64_t g = n * w.groups + s / seg.per_group;
-        float part = static_cast<float>(dot);
-        if (w.zero) part -= w.zero[g] * static_cast<float>(a.sum[m * seg.count + s]);
-        acc += part * w.scale[g] * a.scale[m * seg.count + s];
+      for (int64_t g = 0; g < p.h.groups; ++g) {
+        float part = 0, group_sum = 0, scale, zero;
+        for (int64_t s = g * seg.per_group; s < (g + 1) * seg.per_group; ++s) {
+          int32_t dot = 0;
+          for (int64_t i = s * seg.length; i < s * seg.length + seg.size(s); ++i) dot += level[i] * q[i];
+          const int64_t at = m * seg.padded + s;
+          part = std::fma(static_cast<float>(dot), o.t.scale[at], part);
+          group_sum = std::fma(static_cast<float>(o.t.sum[at]), o.t.scale[at], group_sum);
+        }
+        packed_scale_zero(p, n, g, &scale, &zero);
+        if (p.h.has_zero) part = std::fma(-zero, group_sum, part);
+        acc = std::fma(part, scale, acc);
       }
-      y[m * w.n + n] = acc;
+      acc *= *(p.step(n / Packed::kRows) + n % Packed::kRows);
+      y[m * p.h.n + n] = bias ? acc + bias[n] : acc;
     }
   }
 }

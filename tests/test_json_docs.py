@@ -48,7 +48,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         "methods": run("methods"),
         "report": run("report", out),
         "bench": run("bench", "kernels", "--shape", "1x64x32", "--group", "32", "--format", "uint4", "--seconds", "0"),
-        "doctor": run("doctor", "--no-speed"),
+        "doctor": run("doctor"),
     }
 
 

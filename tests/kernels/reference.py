@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lowbit.runtime import kernels
 
-ROWS = [isa for op, isa, supported in kernels._extension().table() if op == "linear_float" and supported]
+_TABLE = [(op, isa) for op, isa, supported in kernels._extension().table() if supported]
+ROWS = [isa for isa in kernels.ISAS if isa in {row for _, row in _TABLE}]  # of any operation, best first
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -32,9 +33,10 @@ class Problem:
     def float_args(self) -> tuple:
         return self.x, self.codes, self.table, self.scale, self.zero, self.bits
 
-    @property
-    def int8_args(self) -> tuple:
-        return self.x, self.codes, self.levels, self.scale, self.zero, self.bits
+    def packed(self) -> Tensor:
+        """The kernel layout of `levels`, with steps of 1."""
+        step = torch.ones(len(self.levels))
+        return kernels.pack_int8(self.codes, self.levels, self.scale, self.zero, step, self.bits, self.raw.shape[1])
 
     def weight(self, table: "Tensor | None" = None) -> np.ndarray:
         """w_hat in float64 from float32 steps, as the kernels define it: (level - zero), then * scale."""

@@ -281,12 +281,11 @@ def test_gradients_reach_the_input() -> None:
 def _samples() -> dict[str, tuple]:
     layer = packed("uint4-g16", 6, 32, bias=False)
     w = layer.prepare().weight
-    of = ops.int8_levels(w.table)
-    scale, zero = ops.fold_int8(w.scale, w.zero, of)
+    int8 = ops.pack_int8(*w, 32)
     row, col = torch.tensor([0, 0, 5]), torch.tensor([1, 31, 0])
     return {
         "linear_float": (torch.randn(2, 3, 32), w.codes, w.table, w.scale, w.zero, 4),
-        "linear_int8": (torch.randn(3, 32), w.codes, of.levels, scale, zero, 4),
+        "linear_int8": (torch.randn(3, 32), int8, 6),
         "embedding": (torch.tensor([[5, 0]]), w.codes, w.table, w.scale, w.zero, 4, 32),
         "sparse_linear": (torch.randn(3, 32), row, col, torch.randn(3), 6),
     }

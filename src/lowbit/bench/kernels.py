@@ -45,7 +45,7 @@ SHAPES = (Shape(1, 2048, 2048), Shape(1, 4096, 4096), Shape(512, 2048, 2048))
 
 
 def bench_kernels(
-    shapes: Sequence[tuple[int, int, int]] = SHAPES,
+    shapes: Sequence[Shape] = SHAPES,
     formats: Sequence[str] = FORMATS,
     thread_counts: Sequence[int] = (1,),
     group: int = 128,
@@ -61,7 +61,7 @@ def bench_kernels(
     fits = {name: Format.parse(f"{name}-g{group}" if group > 0 else f"{name}-channel") for name in formats}
     machines = [measure_machine(count) for count in thread_counts]
     rows: list[dict[str, Any]] = []
-    todo = [(s, m, b) for s in map(Shape._make, shapes) for m in machines for b in buffers]
+    todo = [(s, m, b) for s in shapes for m in machines for b in buffers]
     for i, (shape, machine, kind) in enumerate(todo):
         if progress is not None:
             progress(i, len(todo), f"{'x'.join(map(str, shape))}, {machine.threads} threads, {kind}")

@@ -15,7 +15,7 @@ ROUNDS = 3  # a neighbour on the machine that wakes up for a while hits every ca
 def medians(candidates: Mapping[str, Sequence[Call]], seconds: float) -> dict[str, float]:
     """Milliseconds of each candidate, a list of calls to go through in turn (on buffers of their own).
 
-    seconds: spent on each candidate, split over ROUNDS; at least one call a round, after one round of warm-up calls.
+    seconds: spent on each candidate, split over ROUNDS; at least two calls a round, after one round of warm-up calls.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     turns = {name: cycle(calls) for name, calls in candidates.items()}
@@ -28,10 +28,10 @@ def medians(candidates: Mapping[str, Sequence[Call]], seconds: float) -> dict[st
 
 
 def _run(calls: Iterator[Call], seconds: float) -> list[float]:
-    """Milliseconds of each call, until the time is over and one is done."""
+    """Milliseconds of each call, until the time is over and two are done."""
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while not times or time.perf_counter() < end:
+    while len(times) < 2 or time.perf_counter() < end:
         call = next(calls)
         started = time.perf_counter_ns()
         call()

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.cli._shell import Json, Shell, jsonable, shell
-from lowbit.cli.doctor import cpu_name, torch_threads
 
 ORDER = 85
 WHAT = ("kernels", "decode")
@@ -52,7 +51,7 @@ def run(
     sh = shell()
     if what not in WHAT:
         raise RecipeError(f"there is no bench {what!r}. Use one of {', '.join(WHAT)}.")
-    counts = threads or [torch_threads()]
+    counts = threads or [_torch_threads()]
     ways = _ways(activations)
     with sh.progress(what) as step:
         if what == "kernels":
@@ -69,6 +68,12 @@ def run(
             json.dumps(jsonable({k: found[k] for k in ("cpu", "machine", "rows")}), indent=1) + "\n", "utf-8"
         )
     sh.result(found)
+
+
+def _torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _ways(activations: "list[str] | None") -> list[str]:
@@ -90,7 +95,7 @@ def _kernels(sh: Shell, shape: Any, fmt: Any, group: int, counts: list[int], buf
     if wrong := [b for b in kinds if b not in kernels.BUFFERS]:
         raise RecipeError(f"--buffers {wrong[0]} is unknown. Use {' or '.join(kernels.BUFFERS)}.")
     found = kernels.bench_kernels(shapes, fmt or kernels.FORMATS, counts, group, kinds, ways, seconds, progress=step)
-    return {"what": "kernels", "cpu": cpu_name(), "moved": None, **found}
+    return {"what": "kernels", "cpu": _cpu(), "moved": None, **found}
 
 
 def _decode(sh: Shell, model: "Path | None", float_model: "str | None", gguf: "list[Path] | None",
@@ -115,10 +120,16 @@ def _decode(sh: Shell, model: "Path | None", float_model: "str | None", gguf: "l
     )  # fmt: skip
     return {
         "what": "decode",
-        "cpu": cpu_name(),
+        "cpu": _cpu(),
         "moved": None,
         "machine": [measure_machine(c).as_dict() for c in counts],
     } | found
+
+
+def _cpu() -> str:
+    from lowbit.cli.doctor import cpu_name
+
+    return cpu_name()
 
 
 def _show(sh: Shell, what: str, found: dict[str, Any]) -> None:
@@ -172,7 +183,7 @@ def _moved(sh: Shell, rows: list[dict[str, Any]], path: Path) -> list[dict[str, 
         entries = compare_rows(rows, before["rows"])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise DataError(f"{path} does not hold the rows of an earlier run. Make one with --save {path}.") from e
-    if before.get("cpu") != cpu_name():
+    if before.get("cpu") != _cpu():
         sh.note(f"{path} was made on another processor ({before.get('cpu')}): this compares machines.")
     told = [t for t in entries if moved(t) not in ("same", "new")]
     for t in told:

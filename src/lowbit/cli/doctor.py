@@ -1,22 +1,20 @@
-"""Check this machine: CPU, kernels in use, the self-check of every kernel row, versions, and what speed to expect.
+"""Check this machine: CPU, kernels in use, the self-check of every kernel row, versions.
 
-The speeds are a quick measurement of a 2048 x 2048 layer beside torch in float32 (`lowbit bench kernels` is the long
-one); --no-speed leaves them out. Exit code 1 if a kernel row computes something else than the scalar row.
+Exit code 1 if a kernel row computes something else than the scalar row.
 """
 
 import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from lowbit.cli._shell import Json, Shell, shell
+from lowbit.cli._shell import Json, shell
 from lowbit.errors import KernelError
 
 ORDER = 80
-SHAPES = ((1, 2048, 2048), (32, 2048, 2048))  # one token, and a prompt
 PACKAGES = (
     "torch",
     "numpy",
@@ -30,10 +28,7 @@ PACKAGES = (
 )
 
 
-def run(
-    no_speed: Annotated[bool, typer.Option("--no-speed", help="Do not measure the formats' speed.")] = False,
-    as_json: Json = False,
-) -> None:
+def run(as_json: Json = False) -> None:
     import torch
 
     import lowbit
@@ -55,11 +50,8 @@ def run(
         ["operation", "format", "row", "runs", "self-check"],
         [(r["op"], r["format"], r["isa"], "yes" if r["active"] else "", r["selfcheck"]) for r in rows],
     )
-    if any(r["selfcheck"] == "not supported" for r in rows):
-        sh.say("not supported: this processor cannot run that row, so it is not used here.")
     if forced:
         sh.say(f"LOWBIT_ISA={forced} forces these rows; unset it for the best ones.")
-    speed = [] if no_speed or failed else expected_speed(sh)
     sh.result(
         {
             "cpu": cpu,
@@ -69,7 +61,6 @@ def run(
             "forced_isa": forced,
             "versions": versions,
             "rows": rows,
-            "speed": speed,
             "ok": not failed,
         }
     )
@@ -83,35 +74,6 @@ def run(
             raise typer.Exit(1)
         raise KernelError(text)
     sh.say("All is well.", "bold green")
-
-
-def expected_speed(sh: Shell) -> list[dict[str, Any]]:
-    """Rows of the formats' speed-ups over torch's float32 layer, measured in seconds; shown to people as a table."""
-    from lowbit.bench.kernels import bench_kernels
-
-    threads = torch_threads()
-    sh.say(f"Speed of a packed 2048 x 2048 layer over torch's float32 layer, {threads} threads:")
-    with sh.progress("speed") as step:
-        found = bench_kernels(SHAPES, thread_counts=[threads], buffers=["rotating"], seconds=0.03, progress=step)
-    table: dict[tuple[str, int], dict[str, Any]] = {}
-    for r in found["rows"]:
-        row = table.setdefault((r["format"], r["m"]), {"format": r["format"], "bits": r["bits"], "tokens": r["m"]})
-        row[f"{r['activations']}_speedup"] = r["speedup"]
-    rows = sorted(table.values(), key=lambda r: r["tokens"])
-    sh.table(
-        ["format", ">bits per weight", ">tokens", ">int8 activations", ">float activations"],
-        [
-            (r["format"], f"{r['bits']:.2f}", r["tokens"], f"{r['int8_speedup']:.1f}x", f"{r['float_speedup']:.1f}x")
-            for r in rows
-        ],
-    )
-    return rows
-
-
-def torch_threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
 
 
 def cpu_name() -> str:

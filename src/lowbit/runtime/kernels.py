@@ -70,16 +70,32 @@ def linear_float(
 
 
 def linear_int8(
-    x: Tensor, codes: Tensor, levels: Tensor, scale: Tensor, zero: Tensor, bits: int, isa: "str | None" = None
+    x: Tensor, packed: Tensor, out_features: int, bias: "Tensor | None" = None, isa: "str | None" = None
 ) -> Tensor:
-    """As `linear_float` with x rounded to int8 per token and segment, and levels (1 or N, 2**bits) int8 for the table.
+    """y (M, N) = x (M, K) @ w_hat.T + bias with x rounded to int8 per token and segment; packed: from `pack_int8`.
 
-    A segment is 32 columns of a weight group (and its ragged tail), or a smaller group.
+    A segment is 32 columns of a weight group (and its ragged tail), or 16 in small groups. bias: (N,) float32.
     Integer sums are exact; every row gives the scalar row's floats bit for bit.
+    Raises KernelError where the sizes contradict each other.
     """
-    y = _new(x.shape[0], codes.shape[0])
-    _call(_extension().linear_int8, x, codes, levels, scale, zero, bits, y, _threads(), isa or active_isa())
+    y = _new(x.shape[0], out_features)
+    _call(_extension().linear_int8, x, packed, bias, y, _threads(), isa or active_isa())
     return y
+
+
+def pack_int8(
+    codes: Tensor, levels: Tensor, scale: Tensor, zero: Tensor, step: Tensor, bits: int, columns: int
+) -> Tensor:
+    """The kernel layout of (levels[code] - zero) * scale * step for `linear_int8`: 1-D uint8, native byte order.
+
+    codes, scale, zero, bits as in `linear_float`; levels: (1 or N, 2**bits) int8; step: (1 or N,) float32.
+    Codes keep their 1 to 4 bits; those of 5 to 8 bits, or with levels per row, become bytes. Scales and zeros are kept
+    as float16 where that is exact.
+    """
+    args = (codes, levels, scale, zero, step, bits, columns)
+    packed = torch.empty(_call(_extension().packed_bytes, *args), dtype=torch.uint8, device="cpu")
+    _call(_extension().pack, *args, packed)
+    return packed
 
 
 def decode(
@@ -99,7 +115,10 @@ def decode(
 
 
 class Quantized(NamedTuple):
-    """q (M, segments * padded) int8, zeros in the padding; scale and sum of q (M, segments), float32 and int32."""
+    """q (M, padded * length) int8, zeros in the padding; scale and sum of q (M, padded), float32 and int32.
+
+    padded: the number of segments, made even.
+    """
 
     q: Tensor
     scale: Tensor
@@ -108,11 +127,11 @@ class Quantized(NamedTuple):
 
 def quantize(x: Tensor, groups: int, isa: "str | None" = None) -> Quantized:
     """The activations `linear_int8` multiplies: q = round_to_even(x * 127/absmax) per token and segment, never -128."""
-    count, _, padded, _ = _call(_extension().segments, groups, max(x.shape[1] // groups, 1))
+    _, length, padded, _ = _call(_extension().segments, groups, max(x.shape[1] // groups, 1))
     out = Quantized(
-        _new(x.shape[0], count * padded, torch.int8),
-        _new(x.shape[0], count),
-        _new(x.shape[0], count, torch.int32),
+        _new(x.shape[0], padded * length, torch.int8),
+        _new(x.shape[0], padded),
+        _new(x.shape[0], padded, torch.int32),
     )
     _call(_extension().quantize, x, groups, *out, isa or active_isa())
     return out
@@ -181,11 +200,12 @@ def _row_of(op: str, force: str) -> str:
 def _checked_isa(force: str) -> str:
     isa = _pick(force)
     for op in OPS:
+        row = _row_of(op, isa)
         for family in FAMILIES:
-            if not _agrees(op, family, isa):
-                other = "Report it, please." if isa == "scalar" else "Set LOWBIT_ISA=scalar to go on without it."
+            if not _agrees(op, family, row):
+                other = "Report it, please." if row == "scalar" else "Set LOWBIT_ISA=scalar to go on without it."
                 raise KernelError(
-                    f"kernel row {op}/{family}/{isa} computes wrong results on this machine and is refused. {other}"
+                    f"kernel row {op}/{family}/{row} computes wrong results on this machine and is refused. {other}"
                 )
     return isa
 
@@ -205,12 +225,16 @@ class _Problem(NamedTuple):
     weight: np.ndarray  # w_hat by the formula, float32 (N, K)
 
 
-# (M, N, K, G, per-row table, zero): single elements, ragged groups, more rows than a tile, a long group cut in blocks
+# (M, N, K, G, per-row table, zero): single elements, ragged groups, more rows than a tile, a long group in
+# segments, one and many tokens through several blocks of rows
 _SHAPES = (
     (1, 1, 1, 1, False, False),
     (3, 5, 66, 3, True, True),
     (5, 27, 128, 2, False, True),
     (2, 9, 300, 1, True, False),
+    (1, 70, 96, 3, False, True),
+    (13, 37, 64, 2, False, False),
+    (13, 27, 64, 1, False, False),
 )
 
 
@@ -244,7 +268,9 @@ def _run(op: str, p: _Problem, isa: str) -> np.ndarray:
     if op == "linear_float":
         return linear_float(p.x, p.codes, p.table, p.scale, p.zero, p.bits, isa).numpy()
     if op == "linear_int8":
-        return linear_int8(p.x, p.codes, p.levels, p.scale, p.zero, p.bits, isa).numpy()
+        step = torch.from_numpy(np.ones(len(p.levels), np.float32))
+        packed = pack_int8(p.codes, p.levels, p.scale, p.zero, step, p.bits, p.x.shape[1])
+        return linear_int8(p.x, packed, len(p.codes), None, isa).numpy()
     if op == "quantize":
         return np.concatenate([t.numpy() for t in quantize(p.x, p.scale.shape[1], isa)], 1, dtype=np.float32)
     rows = torch.from_numpy(np.arange(len(p.codes))[::-1].copy()) if op == "embedding" else None
@@ -261,12 +287,12 @@ def _formula(op: str, p: _Problem) -> np.ndarray:
     count, length, padded, per_group = _extension().segments(groups, k // groups)
     x = np.zeros((m, groups, per_group * length), np.float32)
     x[..., : k // groups] = p.x.numpy().reshape(m, groups, -1)
-    x = np.pad(x.reshape(m, count, length), ((0, 0), (0, 0), (0, padded - length)))
+    x = np.pad(x.reshape(m, count, length), ((0, 0), (0, padded - count), (0, 0)))
     most = np.abs(x).max(-1)
-    q = np.rint(x * (np.float32(127) / most)[..., None])
+    q = np.rint(x * (np.float32(127) / np.maximum(most, np.float32(1e-30)))[..., None])
     if op == "quantize":
         return np.concatenate([q.reshape(m, -1), most / np.float32(127), q.sum(-1)], 1)
-    x_hat = (q[..., :length] * (most / np.float32(127)).astype(np.float64)[..., None]).reshape(m, groups, -1)
+    x_hat = (q * (most / np.float32(127)).astype(np.float64)[..., None])[:, :count].reshape(m, groups, -1)
     return x_hat[..., : k // groups].reshape(m, k) @ p.weight.astype(np.float64).T
 
 

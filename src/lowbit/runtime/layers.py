@@ -30,13 +30,20 @@ ACTIVATIONS = ("float", "int8")
 
 
 class KernelWeight(NamedTuple):
-    """Arguments of `ops`: codes (N, row_bytes), table or int8 levels (1 or N, 2**bits), scale and zero (N, G)."""
+    """Arguments of `ops`: codes (N, row_bytes), table (1 or N, 2**bits), scale and zero (N, G)."""
 
     codes: Tensor
     table: Tensor
     scale: Tensor
     zero: Tensor
     bits: int
+
+
+class Int8Weight(NamedTuple):
+    """Arguments of `ops.linear_int8`: the kernel layout, one-dimensional uint8, and its number of rows."""
+
+    packed: Tensor
+    out_features: int
 
 
 class Exceptions(NamedTuple):
@@ -52,7 +59,7 @@ class Prepared(NamedTuple):
 
     source: tuple[Tensor, ...]
     weight: "KernelWeight | Slabs"
-    int8: "KernelWeight | Slabs | None"  # made when first asked for
+    int8: "tuple[Int8Weight | Slabs, ...]"  # made when first asked for; one for each group of a convolution
     exceptions: "Exceptions | None"
 
 
@@ -100,12 +107,11 @@ def _full_table(table: Tensor, bits: int) -> Tensor:
     return torch.cat([table, table[:, -1:].expand(-1, missing)], 1).float().contiguous()
 
 
-def int8_weight(weight: "KernelWeight | Slabs") -> "KernelWeight | Slabs":
-    """The same weight with int8 levels, their step and base folded into scale and zero."""
+def int8_weight(weight: "KernelWeight | Slabs", columns: int) -> "Int8Weight | Slabs":
+    """The kernel layout of a weight (out, columns)."""
     if isinstance(weight, Slabs):
-        return Slabs(weight.columns, tuple(int8_weight(part) for part in weight.parts), int8=True)
-    of = ops.int8_levels(weight.table)
-    return KernelWeight(weight.codes, of.levels, *ops.fold_int8(weight.scale, weight.zero, of), weight.bits)
+        return Slabs(weight.columns, tuple(int8_weight(part, weight.columns) for part in weight.parts), int8=True)
+    return Int8Weight(ops.pack_int8(*weight, columns), len(weight.codes))
 
 
 def exceptions(qt: QuantizedTensor) -> "Exceptions | None":
@@ -177,25 +183,37 @@ class _Packed(nn.Module):
         source = tuple(getattr(self, key) for key in self._packed)
         if kept is None or not all(a is b for a, b in zip(kept.source, source)):
             qt = self.quantized()
-            kept = self._prepared = Prepared(source, dense_weight(qt), None, exceptions(qt))
-        if self._activations == "int8" and kept.int8 is None:
-            kept = self._prepared = kept._replace(int8=int8_weight(kept.weight))
+            kept = self._prepared = Prepared(source, dense_weight(qt), (), exceptions(qt))
+        if self._activations == "int8" and not kept.int8:
+            kept = self._prepared = kept._replace(int8=tuple(self._int8_parts(kept.weight)))
         return kept
 
-    def _matmul(self, x: Tensor, rows: "slice | None" = None) -> Tensor:
-        """x (..., K) @ w_hat.T, of some output rows only if asked (a convolution's groups)."""
+    def _int8_parts(self, weight: "KernelWeight | Slabs") -> "Iterator[Int8Weight | Slabs]":
+        """One for all rows; of a convolution one for each group's rows."""
+        out, columns = matrix_shape(self.shape)
+        rows = out // getattr(self, "groups", 1)
+        for n in range(0, out, max(rows, 1)):
+            yield int8_weight(_rows_of(weight, slice(n, n + rows)), columns)
+
+    def _matmul(self, x: Tensor, part: int = 0, parts: int = 1) -> Tensor:
+        """x (..., K) @ w_hat.T; of one part only of the rows, cut in equal parts, if asked (a convolution's groups)."""
+        size = self.shape[0] // parts
+        rows = None if parts == 1 else slice(part * size, (part + 1) * size)
         if x.is_meta:
-            return x.new_empty(*x.shape[:-1], self.shape[0] if rows is None else rows.stop - rows.start)
+            return x.new_empty(*x.shape[:-1], size)
         if x.device.type != "cpu":
             w = self.dequantize(x.dtype).reshape(matrix_shape(self.shape))
             return F.linear(x, w if rows is None else w[rows])
         prepared = self.prepare()
-        kernel, weight, sparse = ops.linear_float, prepared.weight, prepared.exceptions
-        if self._activations == "int8" and prepared.int8 is not None:
-            kernel, weight = ops.linear_int8, prepared.int8
-        if rows is not None:
-            weight, sparse = _rows_of(weight, rows), None if sparse is None else _exceptions_of(sparse, rows)
-        y = weight.product(x) if isinstance(weight, Slabs) else kernel(x, *weight)
+        weight, sparse = prepared.weight, prepared.exceptions
+        if rows is not None and sparse is not None:
+            sparse = _exceptions_of(sparse, rows)
+        if self._activations == "int8" and prepared.int8:
+            int8 = prepared.int8[part]
+            y = int8.product(x) if isinstance(int8, Slabs) else ops.linear_int8(x, *int8)
+        else:
+            weight = weight if rows is None else _rows_of(weight, rows)
+            y = weight.product(x) if isinstance(weight, Slabs) else ops.linear_float(x, *weight)
         return y if sparse is None else y + ops.sparse_linear(x, *sparse, y.shape[-1])
 
     def _forget(self) -> None:
@@ -418,9 +436,8 @@ class PackedConv2d(_Packed):
         return y.transpose(1, 2).reshape(len(x), self.out_channels, h, w)
 
     def _groups(self, patches: Tensor) -> Iterator[Tensor]:
-        rows = self.out_channels // self.groups
         for i, part in enumerate(patches.chunk(self.groups, -1)):
-            yield self._matmul(part, slice(i * rows, (i + 1) * rows))
+            yield self._matmul(part, i, self.groups)
 
 
 def _pair(v: "int | tuple[int, int]") -> tuple[int, int]:

@@ -122,12 +122,14 @@ class NativeDecoder:
             self._decoder.set_dense(layer, name, _floats(module.weight), bias)
             return
         prepared = module.prepare()
-        int8 = module.activations == "int8" and name != "embedding"
-        weight = prepared.int8 if int8 and prepared.int8 is not None else prepared.weight
-        assert not isinstance(weight, Slabs)
-        arrays = (t.numpy() for t in (weight.codes, weight.table, weight.scale, weight.zero))
-        put = self._decoder.set_int8 if weight is prepared.int8 else self._decoder.set_float
-        put(layer, name, *arrays, weight.bits, module.shape[1], bias)
+        assert not isinstance(prepared.weight, Slabs)
+        if module.activations == "int8" and name != "embedding":
+            (int8,) = prepared.int8
+            assert not isinstance(int8, Slabs)
+            self._decoder.set_int8(layer, name, int8.packed.numpy(), bias)
+        else:
+            *arrays, bits = prepared.weight
+            self._decoder.set_float(layer, name, *(t.numpy() for t in arrays), bits, module.shape[1], bias)
         if (e := prepared.exceptions) is not None:
             first = torch.searchsorted(e.row, torch.arange(module.shape[0] + 1)).numpy()
             self._decoder.set_exceptions(layer, name, first, e.col.numpy(), e.value.numpy())

@@ -1,7 +1,7 @@
 """The kernels as torch operators, so that torch.compile and torch.export see them.
 
     lowbit::linear_float(x, codes, table, scale, zero, bits)            y = x @ w_hat.T, differentiable in x
-    lowbit::linear_int8(x, codes, levels, scale, zero, bits)            the same, x rounded to int8 per token and group
+    lowbit::linear_int8(x, packed, out_features)                        the same, x rounded to int8 per token and group
     lowbit::embedding(ids, codes, table, scale, zero, bits, columns)    rows of w_hat
     lowbit::sparse_linear(x, row, col, value, out_features)             the correction for exceptions (outliers)
 
@@ -43,10 +43,10 @@ def linear_float(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: T
     return _unflat(kernels.linear_float(_flat(x), codes, table, scale, zero, bits), x)
 
 
-@_operator("Tensor x, " + _PACKED.format(table="levels"))
-def linear_int8(x: Tensor, codes: Tensor, levels: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """`linear_float` with int8 activations and an int8 level table (see `int8_levels`). Not differentiable."""
-    return _unflat(kernels.linear_int8(_flat(x), codes, levels, scale, zero, bits), x)
+@_operator("Tensor x, Tensor packed, int out_features")
+def linear_int8(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    """`linear_float` with x rounded to int8 per token and segment; packed: `pack_int8`. Not differentiable."""
+    return _unflat(kernels.linear_int8(_flat(x), packed, out_features), x)
 
 
 @_operator("Tensor ids, " + _PACKED.format(table="table") + ", int columns")
@@ -74,8 +74,8 @@ def _(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bits
 
 
 @torch.library.register_fake("lowbit::linear_int8")
-def _(x: Tensor, codes: Tensor, levels: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
+def _(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 @torch.library.register_fake("lowbit::embedding")
@@ -140,7 +140,7 @@ def int8_levels(table: Tensor) -> Int8Levels:
     """The level table as int8, exact where the levels are whole multiples of a step over a range of at most 255 steps.
 
     table: (T, L) float32, finite. Otherwise the step is 1/254 of the range (1/127 of absmax for a symmetric table).
-    base is 0 where the levels allow it; the kernel folds it into the zero. Raises KernelError on NaN or infinity.
+    base is 0 where the levels allow it; `pack_int8` folds it into the zero. Raises KernelError on NaN or infinity.
     """
     if not bool(torch.isfinite(table).all()):
         raise KernelError("the level table holds NaN or infinity: the artifact is damaged.")
@@ -150,25 +150,33 @@ def int8_levels(table: Tensor) -> Int8Levels:
     return Int8Levels(levels.to(torch.int8), step[:, None].float(), base[:, None].float(), float(error))
 
 
-def fold_int8(scale: Tensor, zero: Tensor, of: Int8Levels) -> tuple[Tensor, Tensor]:
-    """Scale and zero for the int8 levels: (table - zero) * scale = (levels - (zero - base)/step) * (scale * step)."""
-    if zero.numel() == 0 and not bool(of.base.any()):
-        return scale * of.step, zero
-    return scale * of.step, ((zero if zero.numel() else torch.zeros_like(scale)) - of.base) / of.step
+def pack_int8(codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int) -> Tensor:
+    """The kernel layout `linear_int8` reads, for a weight as `linear_float` takes it: 1-D uint8.
+
+    (table - zero) * scale = (levels - (zero - base)/step) * scale * step, with the levels of `int8_levels`.
+    """
+    of = int8_levels(table)
+    if bool(of.base.any()):
+        zero = ((zero if zero.numel() else torch.zeros_like(scale)) - of.base) / of.step
+    elif zero.numel():
+        zero = zero / of.step
+    return kernels.pack_int8(codes, of.levels, scale, zero, of.step[:, 0].contiguous(), bits, columns)
 
 
 def _int8_row(row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One table row (float64) -> levels, step, base."""
     low, span = row.min(), row.max() - row.min()
     gaps = row.unique().diff()
-    for divisor in (1, 2, 3, 4):  # the common step is the smallest gap, or a small part of it
-        step = gaps.min() / divisor if gaps.numel() else torch.ones((), dtype=row.dtype)
-        steps = (row - low) / step
+    smallest = gaps.min() if gaps.numel() else torch.ones((), dtype=row.dtype)
+    whole = []  # the steps of which all distances are multiples: the smallest gap, or a small part of it
+    for step in (smallest / divisor for divisor in (1, 2, 3, 4)):
+        steps, first = (row - low) / step, low / step
         if bool((steps == steps.round()).all()) and float(span / step) <= 255:
-            first = low / step
             if bool(first == first.round()) and float(first) >= -128 and float(first + span / step) <= 127:
                 return steps + first, step, torch.zeros_like(step)
-            return steps - 128, step, low + 128 * step
+            whole.append((steps - 128, step, low + 128 * step))
+    if whole:
+        return whole[0]
     base, step = (low + row.max()) / 2, span / 254
     return ((row - base) / step).round(), step, base
 
