@@ -145,4 +145,5 @@ def scaled(
     The levels are multiplied by the scale outside the straight-through step, so that as many values come out as levels
     went in.
     """
-    return _Scaled.apply(x, scale, level, slope, scale_slope)
+    # one tensor must not come in twice: torch.compile would break the graph
+    return _Scaled.apply(x, scale, level, slope, None if scale_slope is level else scale_slope)

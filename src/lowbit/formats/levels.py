@@ -23,7 +23,7 @@ powers of two without zero Li 2023 (DenseShift, arXiv:2208.09708), with zero Li 
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 
@@ -50,21 +50,19 @@ class LevelSet:
     values: tuple[float, ...]
     bits: int
     packing: str = "bits"  # "bits": `bits` per code; "trits": five codes of three levels per byte
+    is_integer_range: bool = field(init=False, repr=False, compare=False)  # consecutive integers: closed-form rounding
+    is_even: bool = field(init=False, repr=False, compare=False)  # levels at equal distances
+
+    def __post_init__(self) -> None:
+        v = self.values  # once: torch.compile warns about caches
+        consecutive = bool(v) and all(x == v[0] + i for i, x in enumerate(v)) and v[0] == int(v[0])
+        object.__setattr__(self, "is_integer_range", consecutive)
+        object.__setattr__(self, "is_even", len({b - a for a, b in pairwise(v)}) == 1)
 
     @property
     def storage_bits(self) -> float:
         """Bits per code in the file, scales excluded."""
         return 1.6 if self.packing == "trits" else float(self.bits)
-
-    @property
-    def is_integer_range(self) -> bool:
-        """True for consecutive integers, whose rounding has a closed form."""
-        return _is_integer_range(self.values)
-
-    @property
-    def is_even(self) -> bool:
-        """True for levels at equal distances."""
-        return _is_even(self.values)
 
     @property
     def unsigned(self) -> bool:
@@ -79,16 +77,6 @@ class LevelSet:
     def table(self) -> Tensor:
         """The levels as float32, shape (len(values),)."""
         return torch.tensor(self.values, dtype=torch.float32)
-
-
-@cache
-def _is_integer_range(values: tuple[float, ...]) -> bool:
-    return bool(values) and all(v == values[0] + i for i, v in enumerate(values)) and values[0] == int(values[0])
-
-
-@cache
-def _is_even(values: tuple[float, ...]) -> bool:
-    return len({b - a for a, b in pairwise(values)}) == 1
 
 
 def minifloat_values(e: int, m: int, bias: int, n_codes: "int | None" = None) -> list[float]:
