@@ -60,6 +60,7 @@ def compress(
     seed: "int | None" = None,
     embed_bits: "int | None" = None,
     activations: "str | None" = None,
+    gram: "str | None" = None,
     options: "dict[str, Any] | None" = None,
     progress: "Progress | None" = None,
 ) -> nn.Module:
@@ -73,7 +74,7 @@ def compress(
     Raises RecipeError, DataError, ShapeError, ModelError with what to change.
     """
     widths = {"bits": bits, "group": group, "format": format, "embeddings": embed_bits, "activations": activations}
-    calibration = {"windows": windows, "context": context, "seed": seed}
+    calibration = {"gram": gram, "windows": windows, "context": context, "seed": seed}
     plan = Recipe.merged(recipe, method=method, options=options, **widths, **calibration)
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -111,6 +112,7 @@ def compress_model(
     force: bool = False,
     embed_bits: "int | None" = None,
     activations: "str | None" = None,
+    gram: "str | None" = None,
     tokenizer: "str | Path | None" = None,
     options: "dict[str, Any] | None" = None,
     progress: "Progress | None" = None,
@@ -126,10 +128,10 @@ def compress_model(
     """
     began, say, out = time.perf_counter(), progress or (lambda event: None), Path(out)
     widths = {"bits": bits, "group": group, "format": format, "embeddings": embed_bits, "activations": activations}
-    calibration = {"data": data, "windows": windows, "context": context, "seed": seed}
+    calibration = {"gram": gram, "data": data, "windows": windows, "context": context, "seed": seed}
     plan = Recipe.merged(recipe, method=method, options=options, **widths, **calibration)
     refuse_existing(out, force)
-    if plan.solver.needs_data and not plan.data:
+    if (plan.solver.needs_data or plan.gram != "inputs") and not plan.data:
         raise RecipeError(f"{plan.method} needs calibration text: add --data FILE, or use --method rtn or hqq.")
     source = open_model(model)
     words = _tokenizer(source, tokenizer)
@@ -272,7 +274,7 @@ def _ids(data: Any, tokenizer: Any, plan: Recipe) -> "Tensor | None":
     if data is None:
         data = plan.data or None
     if data is None:
-        if plan.solver.needs_data:
+        if plan.solver.needs_data or plan.gram != "inputs":
             raise RecipeError(
                 f"{plan.method} needs calibration data: data=texts with tokenizer=..., or data=token_ids; "
                 "or use rtn or hqq."

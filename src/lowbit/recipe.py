@@ -7,6 +7,7 @@
     layers:                 other formats for some layers, the first match wins; "float" leaves a layer alone
       - {match: "*.down_proj", format: uint8-g64}
     options: {damping: 0.01}    the method's own options
+    gram: oac               what is gathered about a layer: inputs, or the loss's gradients too: oac, guided, fisher
     data: valid.txt[:50%]   calibration text; windows x context tokens of it, chosen by seed
     embeddings: 8           bits of the embeddings and the output head, in groups (16 leaves them as they are)
 
@@ -50,6 +51,7 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=-(2**63), lt=2**64)  # what torch takes
     embeddings: int = Field(8, ge=1, le=16)
     activations: Literal["float", "int8"] = "float"
+    gram: Literal["inputs", "oac", "guided", "fisher"] = "inputs"
 
     def __init__(self, **fields: Any) -> None:
         for name, value in fields.items():  # YAML reads yes, no, on and off as these, and they would count as 1 and 0
@@ -72,6 +74,9 @@ class Recipe(BaseModel):
                 raise RecipeError(f"{text}: stochastic rounding gives other codes on every run. Leave that word out.")
 
     def _check_options(self, spec: Spec) -> None:
+        if self.gram != "inputs" and not spec.uses_gram:
+            with_it = ", ".join(n for n, s in table().items() if s.uses_gram)
+            raise RecipeError(f"method {spec.name!r} does not use gram={self.gram}. Methods that do: {with_it}.")
         for name, value in self.options.items():
             if name not in spec.options:
                 known = list(spec.options) or ["(none)"]

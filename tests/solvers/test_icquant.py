@@ -114,3 +114,14 @@ def test_formats_without_all_codes_are_refused():
     for text in ("ternary-channel", "int2-tile2x64"):
         with pytest.raises(FormatError, match="icquant needs"):
             solve(heavy(), None, Format.parse(text))
+
+
+def test_the_compiled_loop_finds_what_the_python_loop_finds(monkeypatch):
+    torch.manual_seed(4)
+    w, stats, fmt = heavy(), statistics(), Format.parse("kmeans2-g64-shared")
+    fast = solve(w, stats, fmt)
+    monkeypatch.setattr("lowbit.solvers._split.extension", lambda: None)
+    slow = solve(w, stats, fmt)
+    assert (fast.codes == slow.codes).float().mean() > 0.98  # a tie may fall apart, and columns after it
+    a, b = (output_error(w, s.w_hat(), stats.gram) for s in (fast, slow))
+    assert a == pytest.approx(b, rel=0.02)

@@ -53,6 +53,13 @@ def run(
         str | None,
         typer.Option(help="Text: a file, a folder, Parquet, a dataset; a part as FILE[:50%].", rich_help_panel=DATA),
     ] = None,
+    gram: Annotated[
+        str | None,
+        typer.Option(
+            help="What is gathered: inputs, or the loss's gradients too: oac, guided, fisher (inputs).",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     windows: Annotated[int | None, typer.Option(min=1, help="Windows of text (24).", rich_help_panel=DATA)] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in a window (512).", rich_help_panel=DATA)] = None,
     seed: Annotated[int | None, typer.Option(help="Which windows are taken (0).", rich_help_panel=DATA)] = None,
@@ -83,6 +90,7 @@ def run(
         "format": format,
         "embed_bits": embed_bits,
         "activations": activations,
+        "gram": gram,
         "options": options or None,
         "data": data,
         "windows": windows,

@@ -34,6 +34,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.pieces: dict[str, tuple[dict[str, Tensor], Entries]] = {}
+        self.scratch = Scratch(None)
 
     def has(self, name: str) -> bool:
         return name in self.pieces
@@ -50,6 +51,34 @@ class MemoryStore:
         return None
 
 
+class Scratch:
+    """Tensors put aside for later in the same run: in a folder, or in memory without one. Another run begins anew."""
+
+    def __init__(self, folder: "Path | None") -> None:
+        self.folder = folder
+        self._held: dict[str, dict[str, Tensor]] = {}
+
+    def put(self, name: str, tensors: dict[str, Tensor]) -> None:
+        if self.folder is None:
+            self._held[name] = tensors
+            return
+        from safetensors.torch import save
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / f"{name}.safetensors", save({k: t.contiguous() for k, t in tensors.items()}))
+
+    def take(self, name: str) -> dict[str, Tensor]:
+        """What was put there, which is then gone."""
+        if self.folder is None:
+            return self._held.pop(name)
+        from safetensors.torch import load
+
+        path = self.folder / f"{name}.safetensors"
+        tensors = load(path.read_bytes())
+        path.unlink()
+        return tensors
+
+
 class FolderStore:
     """Pieces kept in a folder.
 
@@ -61,6 +90,7 @@ class FolderStore:
 
     def __init__(self, folder: Path, identity: dict[str, Any], replace: bool = False) -> None:
         self.folder = folder
+        self.scratch = Scratch(folder / "scratch")
         self._whole: set[str] = set()
         path = folder / "identity.json"
         _check_ours(path, folder)

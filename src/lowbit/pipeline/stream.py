@@ -7,8 +7,8 @@ finished piece goes to a store, so that a killed run goes on from the last finis
 
 import copy
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -34,6 +34,7 @@ from lowbit.pipeline.describe import layer_entry, layer_errors, layer_tensors
 from lowbit.pipeline.embeddings import quantize_rows
 from lowbit.pipeline.fold import find_producer, fold
 from lowbit.pipeline.forwards import SequentialForwards
+from lowbit.pipeline.gradients import gather_gradients
 from lowbit.pipeline.memory import Plan, Sizes, make_plan, release_memory
 from lowbit.recipe import Recipe
 from lowbit.solvers import Solution
@@ -68,6 +69,7 @@ class Walk:
         self.names = self.source.keys()
         self.calls: list[tuple[tuple, dict[str, Any]]] = []
         self.producers: dict[tuple[str, ...], str | None] = {}
+        self.own: dict[str, LayerStatistics] = {}  # of layers of this block that have statistics of their own
         self.check_shapes()
 
     # -- before anything runs
@@ -117,6 +119,8 @@ class Walk:
         if start:
             self.progress({"event": "resume", "block": start, "blocks": len(self.blocks)})
         hidden = self._opening(hidden, need_hidden=start < len(self.blocks))
+        if self.recipe.gram != "inputs" and start < len(self.blocks):
+            gather_gradients(self, self.entering, self.recipe.gram)
         release_memory()
         began = time.perf_counter()
         for i in range(start, len(self.blocks)):
@@ -156,7 +160,8 @@ class Walk:
         if not self.store.has("opening"):
             self.store.put("opening", {**tensors, **plain}, {"layers": entries, "plain": list(plain)})
         if calibrate:
-            first = self._first_hidden() + followed
+            self.entering = self._first_hidden()
+            first = self.entering + followed
             if not hidden:
                 hidden = first
                 self.store.put_hidden(0, hidden)
@@ -204,6 +209,12 @@ class Walk:
         self._forget(names)
         return hidden
 
+    def read_block(self, i: int) -> list[str]:
+        """Bring a block's weights into the model; returns their names."""
+        names = [n for n in self.names if n.startswith(f"{self.prefix}.{i}.")]
+        self._read(names)
+        return names
+
     def _solve_all(self, i: int, block: nn.Module, hidden: list[Tensor], recompute: bool) -> Solved:
         """All layers of a block; advances the hidden states in place."""
         if self.windows is None:
@@ -216,9 +227,12 @@ class Walk:
         solved: Solved = {}
         started: Started = {}
         streams = self._streams(i, block, hidden, recompute)
+        gradients = self.store.scratch.take(f"gradients-{i}") if self.recipe.gram != "inputs" else {}
         for group in groups:
             width = layer_matrix(block.get_submodule(group[0])).shape[1]
-            statistics = _accumulate(zip(*(s.inputs(group[0]) for s in streams), strict=True), width)
+            inputs = zip(*(s.inputs(group[0]) for s in streams), strict=True)
+            found = {n: gradients[n] for n in group if n in gradients}
+            statistics, self.own = _accumulate(inputs, width, self.recipe.gram, found)
             if self.recipe.solver.tune is None:
                 solved |= self._solve_group(i, block, group, statistics)
             else:
@@ -328,7 +342,8 @@ class Walk:
         for names, fmt in self._stacks(i, group, statistics is not None):
             layers = [block.get_submodule(n) for n in names]
             w = torch.cat([layer_matrix(m) for m in layers]).contiguous()
-            solution = self.recipe.solver.solve(w, statistics, fmt, **self.recipe.solver_options)
+            own = self.own.get(names[0], statistics)
+            solution = self.recipe.solver.solve(w, own, fmt, **self.recipe.solver_options)
             start = 0
             for name, layer in zip(names, layers):
                 rows = layer_matrix(layer).shape[0]
@@ -343,6 +358,7 @@ class Walk:
             fmt = self.recipe.format_for(f"{self.prefix}.{i}.{name}")
             if fmt is not None:
                 alone = not shared or fmt.blocks.rows != 1 or fmt.scale_dtype in ("double", "q3x16")
+                alone = alone or name in self.own
                 stacks.setdefault(name if alone else fmt, ([], fmt))[0].append(name)
         return list(stacks.values())
 
@@ -426,12 +442,26 @@ class Walk:
         self.progress({"event": event, "block": i, "blocks": len(self.blocks), **memory, **more})
 
 
-def _accumulate(inputs: "Iterable[tuple[Tensor, ...]]", size: int) -> LayerStatistics:
-    """inputs: of each window, the layer's, and the float model's where that is carried."""
+def _accumulate(
+    inputs: Any, size: int, kind: str, gradients: dict[str, Tensor]
+) -> tuple[LayerStatistics, dict[str, LayerStatistics]]:
+    """Statistics of the inputs that some layers share, and those of each layer that has its own (see `gradients`).
+
+    inputs: tuples of x and, to follow the float model, its x
+    """
     gram = GramAccumulator(size)
-    for both in inputs:
-        gram.add(*both)
-    return gram.finish()
+    guided = {n: GramAccumulator(size) for n in gradients} if kind == "guided" else {}
+    for k, xs in enumerate(inputs):
+        gram.add(*xs)
+        for name, own in guided.items():
+            root = gradients[name][k].sqrt()[None, :, None]
+            own.add(*(x * root for x in xs))
+    shared = gram.finish()
+    if kind == "oac":  # of the float model's inputs and outputs: there is no drift from them
+        return shared, {n: replace(shared, gram=h, drift=None) for n, h in gradients.items()}
+    if kind == "fisher":
+        return shared, {n: replace(shared, fisher=f) for n, f in gradients.items()}
+    return shared, {n: own.finish() for n, own in guided.items()}
 
 
 def _put_in_place(block: nn.Module, solutions: dict[str, Solution]) -> None:

@@ -50,6 +50,30 @@ class NativeGrids:
         extension().solve_columns(*arrays, self.real_zero, torch.get_num_threads())
 
 
+class NativePair(NativeGrids):
+    """Two shared tables as one: the second's levels stand `lift` above the first's, and so do its weights, by their
+    zero. One "group" a column, so that each weight has the scale of its own part. Levels come back to 1e-5.
+
+    scale, other_scale, masked: (in, out) in visiting order; masked where the second table counts
+    """
+
+    def __init__(self, scale: Tensor, other_scale: Tensor, masked: Tensor, table: Tensor, other_table: Tensor) -> None:
+        lift = 64 * float(torch.cat([table, other_table]).abs().max().clamp(min=1e-30))
+        self.group_of = torch.arange(len(masked), dtype=torch.int32)
+        self.scale = torch.where(masked, other_scale, scale).contiguous()
+        self.divisor = torch.where(self.scale > 0, self.scale, 1.0)
+        self.zero = masked.float() * lift
+        self.values = torch.cat([table, other_table + lift])
+        between = torch.tensor([lift / 2])
+        self.thresholds = torch.cat([thresholds(table), between, thresholds(other_table) + lift])
+        self.real_zero = True
+        self.second = masked.to(torch.uint8) * len(table)
+
+    def _run(self, columns: Tensor, other: Tensor, moved: Tensor, u: Tensor, codes: Tensor, start: int) -> None:
+        super()._run(columns, other, moved, u, codes, start)
+        codes.sub_(self.second[start : start + len(columns)])
+
+
 def knows(fmt: Format) -> bool:
     """Whether the extension can round on this format's grids."""
     one_table = bool(fmt.levels.values) or fmt.scale_rule == "shared"

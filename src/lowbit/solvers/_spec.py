@@ -86,6 +86,7 @@ class Spec:
 
     format:  template of the default format
     bits, group: of the default format, where a recipe says nothing
+    uses_gram: whether it takes a Gram matrix of another kind (output-adaptive statistics) as well
     widths:  the only bits the method has; empty for all
     options: the keyword defaults that `--set` and recipes may change
     """
@@ -102,6 +103,7 @@ class Spec:
     kind: str = "solver"
     bits: int = 4
     group: int = 64
+    uses_gram: bool = False
     widths: tuple[int, ...] = ()
 
     def default_format(self, bits: int, group: int) -> Format:

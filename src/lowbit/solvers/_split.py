@@ -16,6 +16,7 @@ from torch import Tensor
 from lowbit.formats import Blocks, Format, Grid, decode, encode, fit
 from lowbit.solvers._columns import GridHooks, inverse_cholesky, solve_columns
 from lowbit.solvers._descent import descend
+from lowbit.solvers._native import NativePair, extension
 from lowbit.solvers._refit import Coded, refit
 from lowbit.solvers._spec import Exceptions, Solution
 from lowbit.statistics import LayerStatistics
@@ -127,6 +128,15 @@ class SplitHooks(GridHooks):
         self.split = split
         self.use(split.grid)
         self.other = columns_of(split.other_grid, split.other_format, *split.mask.shape)
+        formats = (split.format, split.other_format)
+        if all(f.scale_rule == "shared" and f.blocks.rows == 1 for f in formats) and extension() is not None:
+            self.native = self._pair()
+
+    def _pair(self) -> NativePair:
+        scale = torch.stack([self.per_group[g].scale[:, 0] for g in self.group_of])
+        other = torch.stack([self.other[g].scale[:, 0] for g in self.other_of])
+        tables = self.split.grid.table, self.split.other_grid.table
+        return NativePair(scale, other, self.masked, *tables)  # type: ignore[arg-type]
 
     def group(self, j: int, columns: Tensor) -> None: ...
 

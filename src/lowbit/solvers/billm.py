@@ -141,6 +141,7 @@ SPEC = Spec(
     title="BiLLM: salient columns binarized twice, the others split in two",
     source="Huang 2024, arXiv:2402.04291",
     solve=solve,
+    uses_gram=True,
     format="kmeans{bits}-{blocks}",
     needs_data=True,
     options={"damping": 0.01, "drift": True},

@@ -46,6 +46,7 @@ SPEC = Spec(
     title="DB-LLM: two binary planes with two scales a group",
     source="Chen 2024, arXiv:2402.11960",
     solve=solve,
+    uses_gram=True,
     format="kmeans{bits}-{blocks}-dual",
     options={"learned": True, "damping": 0.01, "drift": True, "sweeps": 2},
     bits=2,

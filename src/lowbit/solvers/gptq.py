@@ -70,6 +70,7 @@ SPEC = Spec(
     title="GPTQ: error feedback under the Gram matrix of the inputs",
     source="Frantar 2022, arXiv:2210.17323",
     solve=solve,
+    uses_gram=True,
     format="uint{bits}-{blocks}-search",
     needs_data=True,
     options={

@@ -92,6 +92,7 @@ SPEC = Spec(
     title="ICQuant: outliers on a second grid, places coded as gaps; with error feedback",
     source="Li 2025, arXiv:2505.00850",
     solve=solve,
+    uses_gram=True,
     format="kmeans{bits}-{blocks}-shared",
     group=-1,
     options={

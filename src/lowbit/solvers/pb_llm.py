@@ -53,6 +53,7 @@ SPEC = Spec(
     title="PB-LLM: salient weights in 8 bits, the others binarized",
     source="Shang 2023, arXiv:2310.00034",
     solve=solve,
+    uses_gram=True,
     format="binary-{blocks}-zreal",
     needs_data=True,
     options={"salient": 0.1, "damping": 0.01, "drift": True},

@@ -99,6 +99,7 @@ SPEC = Spec(
     title="PoTPTQ: power-of-two levels, scales in two steps",
     source="Wang 2025, arXiv:2507.11959",
     solve=solve,
+    uses_gram=True,
     format="pot{bits}nz-{blocks}",
     options={"steps": 30, "lr": 5e-3, "ridge": 1e-2, "drift": True},
     bits=3,

@@ -51,6 +51,7 @@ SPEC = Spec(
     title="Statistical pre-calibration: AdpQ's split, then error feedback",
     source="Ghaffari 2025, Rethinking PTQ",
     solve=solve,
+    uses_gram=True,
     format="uint{bits}-{blocks}-search",
     needs_data=True,
     options={"alpha": 0.05, "outlier_bits": 8, "damping": 0.01, "refit": True, "drift": True, "sweeps": 2},

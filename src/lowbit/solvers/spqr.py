@@ -108,6 +108,7 @@ SPEC = Spec(
     title="SpQR: groups of 16 with quantized scales, outliers in 16 bits",
     source="Dettmers 2023, arXiv:2306.03078",
     solve=solve,
+    uses_gram=True,
     format="uint{bits}-{blocks}-zreal-q3x16",
     needs_data=True,
     options={"tau": 0.2, "damping": 1.0, "drift": True},
