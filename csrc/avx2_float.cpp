@@ -11,9 +11,11 @@
 #define LOWBIT_INLINE LOWBIT_AVX2_INLINE
 #if defined(_MSC_VER) && !defined(__clang__)
 #define LOWBIT_INLINE_MEMBER __forceinline
+#define LOWBIT_NOINLINE __declspec(noinline)
 #define LOWBIT_UNROLL
 #else
 #define LOWBIT_INLINE_MEMBER inline __attribute__((target("avx2,fma"), always_inline))
+#define LOWBIT_NOINLINE __attribute__((noinline))
 #define LOWBIT_UNROLL _Pragma("GCC unroll 4")
 #endif
 

@@ -16,10 +16,12 @@
 #define LOWBIT_INLINE LOWBIT_AVX512_INLINE_WITH("avx512vbmi")
 #if defined(_MSC_VER) && !defined(__clang__)
 #define LOWBIT_INLINE_MEMBER __forceinline
+#define LOWBIT_NOINLINE __declspec(noinline)
 #define LOWBIT_UNROLL
 #else
 #define LOWBIT_INLINE_MEMBER \
   inline __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi"), always_inline))
+#define LOWBIT_NOINLINE __attribute__((noinline))
 #define LOWBIT_UNROLL _Pragma("GCC unroll 4")
 #endif
 

@@ -7,6 +7,7 @@
 #include "binding.h"
 #include "columns.h"
 #include "linear_int8.h"
+#include "sparse.h"
 
 using nb::literals::operator""_a;
 
@@ -152,6 +153,7 @@ nb::list table() {
   list_rows(lowbit::kLinearFloat, out);
   list_rows(lowbit::kQuantize, out);
   list_rows(lowbit::kLinearInt8, out);
+  list_rows(lowbit::kSparse, out);
   return out;
 }
 
@@ -159,6 +161,7 @@ std::string picked(const std::string& op, const std::string& isa) {
   if (op == lowbit::kDecode.op) return lowbit::pick(lowbit::kDecode, isa).isa;
   if (op == lowbit::kLinearFloat.op) return lowbit::pick(lowbit::kLinearFloat, isa).isa;
   if (op == lowbit::kQuantize.op) return lowbit::pick(lowbit::kQuantize, isa).isa;
+  if (op == lowbit::kSparse.op) return lowbit::pick(lowbit::kSparse, isa).isa;
   need(op == lowbit::kLinearInt8.op, "unknown operation '" + op + "'");
   return lowbit::pick(lowbit::kLinearInt8, isa).isa;
 }
@@ -166,6 +169,7 @@ std::string picked(const std::string& op, const std::string& isa) {
 }  // namespace
 
 void bind_decoder(nb::module_&);  // binding_decoder.cpp
+void bind_sparse(nb::module_&);   // binding_sparse.cpp
 
 NB_MODULE(_kernels, m) {
   m.doc() = "Kernels of lowbit. Internal: arguments are checked, nothing is converted. Use lowbit.runtime.";
@@ -189,4 +193,5 @@ NB_MODULE(_kernels, m) {
   m.def("quantize", &quantize, "x"_a.noconvert(), "groups"_a, "q"_a.noconvert(), "scale"_a.noconvert(),
         "sum"_a.noconvert(), "isa"_a);
   bind_decoder(m);
+  bind_sparse(m);
 }

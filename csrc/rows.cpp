@@ -1,5 +1,6 @@
 // The tables: best row first, "scalar" last and always there. And what this CPU can run.
 #include "rows.h"
+#include "sparse.h"
 
 #if LOWBIT_X86
 #if defined(_MSC_VER)
@@ -66,6 +67,12 @@ const Row<LinearFloatFn> kLinearFloatRows[] = {
     {"avx2", kAvx2, &linear_float_avx2},
 #endif
     {"scalar", 0, &linear_float_scalar}};
+const Row<SparseFn> kSparseRows[] = {
+#if LOWBIT_X86
+    {"avx512", kAvx2 | kAvx512 | kVbmi | kVnni, &sparse_avx512},
+    {"avx2", kAvx2, &sparse_avx2},
+#endif
+    {"scalar", 0, &sparse_scalar}};
 #if LOWBIT_X86
 const Row<QuantizeFn> kQuantizeRows[] = {{"avx512", kAvx2 | kAvx512, quantize_avx512}, LOWBIT_ROWS(quantize)};
 const Row<LinearInt8Fn> kLinearInt8Rows[] = {{"avx512", kAvx2 | kAvx512 | kVnni, linear_int8_avx512},
@@ -113,6 +120,7 @@ int isa_rank(const std::string& isa, const char* op) {
 
 const Table<DecodeFn> kDecode = make("decode", kDecodeRows);
 const Table<LinearFloatFn> kLinearFloat = make("linear_float", kLinearFloatRows);
+const Table<SparseFn> kSparse = make("sparse_linear", kSparseRows);
 const Table<QuantizeFn> kQuantize = make("quantize", kQuantizeRows);
 const Table<LinearInt8Fn> kLinearInt8 = make("linear_int8", kLinearInt8Rows);
 

@@ -25,6 +25,8 @@ from lowbit.formats.tensor import matrix_shape
 from lowbit.runtime import ops
 from lowbit.runtime.kernels import pack_rows
 from lowbit.runtime.slabs import Slabs, slabs
+from lowbit.runtime.sparse import Sparse, sparse, sparse_linear
+from lowbit.runtime.tiled import left_out, merged
 
 ACTIVATIONS = ("float", "int8")
 
@@ -61,13 +63,22 @@ class Prepared(NamedTuple):
     weight: "KernelWeight | Slabs"
     int8: "tuple[Int8Weight | Slabs, ...]"  # made when first asked for; one for each group of a convolution
     exceptions: "Exceptions | None"
+    sparse: "Sparse | None" = None  # the exceptions for the kernels
+    sparse_int8: "Sparse | None" = None
 
 
 def dense_weight(qt: QuantizedTensor) -> "KernelWeight | Slabs":
     """What multiplies with the dense part: one kernel call, or several where every group has a table."""
+    if qt.tiles:
+        return _tiled_weight(*merged(qt))
     table = qt.grid().table
     several = table is not None and table.ndim == 2 and len(table) > qt.matrix_shape[0]
     return slabs(qt, KernelWeight) if several else kernel_weight(qt)
+
+
+def _tiled_weight(codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor) -> KernelWeight:
+    bits = max(1, (table.shape[1] - 1).bit_length())
+    return KernelWeight(pack_rows(codes, bits), _full_table(table, bits), scale, zero, bits)
 
 
 def kernel_weight(qt: QuantizedTensor) -> KernelWeight:
@@ -116,11 +127,13 @@ def int8_weight(weight: "KernelWeight | Slabs", columns: int) -> "Int8Weight | S
 
 def exceptions(qt: QuantizedTensor) -> "Exceptions | None":
     """The sparse correction w_hat - (dense part) at the places of the further parts, or None without any."""
-    if len(qt.parts) == 1:
+    mask = left_out(qt)
+    dense = qt.base().dequantize().reshape(mask.shape).masked_fill(mask, 0) if qt.tiles or len(qt.parts) > 1 else mask
+    for i in range(qt.n_base, len(qt.parts)):
+        mask = mask | qt.mask(i)
+    if not bool(mask.any()):
         return None
-    mask = torch.stack([qt.mask(i) for i in range(1, len(qt.parts))]).any(0)
     row, col = mask.nonzero(as_tuple=True)
-    dense = QuantizedTensor(qt.shape, qt.parts[:1]).dequantize().reshape(mask.shape)
     return Exceptions(row, col, qt.dequantize().reshape(mask.shape)[mask] - dense[mask])
 
 
@@ -183,9 +196,13 @@ class _Packed(nn.Module):
         source = tuple(getattr(self, key) for key in self._packed)
         if kept is None or not all(a is b for a, b in zip(kept.source, source)):
             qt = self.quantized()
-            kept = self._prepared = Prepared(source, dense_weight(qt), (), exceptions(qt))
+            found = exceptions(qt)
+            kernel = None if found is None else sparse(*found, qt.matrix_shape)
+            kept = self._prepared = Prepared(source, dense_weight(qt), (), found, kernel)
         if self._activations == "int8" and not kept.int8:
-            kept = self._prepared = kept._replace(int8=tuple(self._int8_parts(kept.weight)))
+            found = kept.exceptions
+            kernel = None if found is None else sparse(*found, matrix_shape(self.shape), integer=True)
+            kept = self._prepared = kept._replace(int8=tuple(self._int8_parts(kept.weight)), sparse_int8=kernel)
         return kept
 
     def _int8_parts(self, weight: "KernelWeight | Slabs") -> "Iterator[Int8Weight | Slabs]":
@@ -205,16 +222,23 @@ class _Packed(nn.Module):
             w = self.dequantize(x.dtype).reshape(matrix_shape(self.shape))
             return F.linear(x, w if rows is None else w[rows])
         prepared = self.prepare()
-        weight, sparse = prepared.weight, prepared.exceptions
-        if rows is not None and sparse is not None:
-            sparse = _exceptions_of(sparse, rows)
+        weight, added = prepared.weight, prepared.sparse
         if self._activations == "int8" and prepared.int8:
-            int8 = prepared.int8[part]
+            int8, added = prepared.int8[part], prepared.sparse_int8
             y = int8.product(x) if isinstance(int8, Slabs) else ops.linear_int8(x, *int8)
         else:
             weight = weight if rows is None else _rows_of(weight, rows)
             y = weight.product(x) if isinstance(weight, Slabs) else ops.linear_float(x, *weight)
-        return y if sparse is None else y + ops.sparse_linear(x, *sparse, y.shape[-1])
+        if added is None:
+            return y
+        if rows is not None:
+            assert prepared.exceptions is not None
+            return y + ops.sparse_linear(x, *_exceptions_of(prepared.exceptions, rows), y.shape[-1])
+        if not _is_plain(x, y):
+            return ops.sparse_add(x, y, *added)
+        # straight to the kernel: the way through torch would take longer than one token's exceptions
+        sparse_linear(x.detach().reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), added)
+        return y
 
     def _forget(self) -> None:
         self._prepared = None
@@ -254,6 +278,12 @@ class _Packed(nn.Module):
 
     def _sizes(self) -> str:
         return "shape=" + "x".join(map(str, self.shape))
+
+
+def _is_plain(x: Tensor, y: Tensor) -> bool:
+    """Nothing traces or differentiates: y may be changed in place."""
+    float32 = type(x) is Tensor and x.dtype == torch.float32 and x.is_contiguous() and y.is_contiguous()
+    return float32 and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _rows_of(w: "KernelWeight | Slabs", rows: slice) -> "KernelWeight | Slabs":

@@ -4,6 +4,7 @@
     lowbit::linear_int8(x, packed, out_features)                        the same, x rounded to int8 per token and group
     lowbit::embedding(ids, codes, table, scale, zero, bits, columns)    rows of w_hat
     lowbit::sparse_linear(x, row, col, value, out_features)             the correction for exceptions (outliers)
+    lowbit::sparse_add(x, y, start, column, value, steps)               y + that correction, as prepared in `sparse`
 
     w_hat[n, k] = (table[code[n, k]] - zero[n, g]) * scale[n, g]        g = k // (K // G)
 
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from lowbit.errors import KernelError
 from lowbit.runtime import kernels
+from lowbit.runtime.sparse import Sparse
+from lowbit.runtime.sparse import sparse_linear as sparse_linear_
 
 _PACKED = "Tensor codes, Tensor {table}, Tensor scale, Tensor zero, int bits"
 
@@ -68,6 +71,15 @@ def sparse_linear(x: Tensor, row: Tensor, col: Tensor, value: Tensor, out_featur
     return _unflat(torch.sparse.mm(e, flat.T).T.contiguous(), x)
 
 
+@_operator("Tensor x, Tensor y, Tensor start, Tensor column, Tensor value, Tensor steps")
+def sparse_add(x: Tensor, y: Tensor, start: Tensor, column: Tensor, value: Tensor, steps: Tensor) -> Tensor:
+    """y (..., N) + x (..., K) @ S.T; the other arguments are a `sparse.Sparse`. Differentiable in x and y."""
+    flat, out = _flat(x), _flat(y)
+    out = out.clone() if out.data_ptr() == y.data_ptr() else out
+    sparse_linear_(flat, out, Sparse(start, column, value, steps))
+    return _unflat(out, y)
+
+
 @torch.library.register_fake("lowbit::linear_float")
 def _(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
@@ -86,6 +98,11 @@ def _(ids: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bi
 @torch.library.register_fake("lowbit::sparse_linear")
 def _(x: Tensor, row: Tensor, col: Tensor, value: Tensor, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.register_fake("lowbit::sparse_add")
+def _(x: Tensor, y: Tensor, start: Tensor, column: Tensor, value: Tensor, steps: Tensor) -> Tensor:
+    return torch.empty_like(y)
 
 
 # dL/dx = dL/dy @ w_hat: adapters and input gradients work on a packed model; the packed weight itself is not trained.
@@ -114,12 +131,26 @@ def _sparse_backward(ctx: Any, grad: Tensor) -> tuple:
     return dx, None, None, None, None
 
 
+def _keep_sparse(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.columns = inputs[0].shape[-1]
+    ctx.save_for_backward(*inputs[2:5])
+
+
+def _sparse_add_backward(ctx: Any, grad: Tensor) -> tuple:
+    start, column, value = ctx.saved_tensors
+    row = torch.arange(len(start) - 1).repeat_interleave(start.diff())
+    order = torch.argsort(column, stable=True)
+    dx = torch.ops.lowbit.sparse_linear(grad, column[order].long(), row[order], value[order], ctx.columns)
+    return dx, grad, None, None, None, None
+
+
 def _no_backward(ctx: Any, grad: Tensor) -> tuple:
     raise KernelError('int8 activations have no gradient: call lowbit.runtime.set_activations(model, "float") first.')
 
 
 torch.library.register_autograd("lowbit::linear_float", _linear_backward, setup_context=_keep_packed)
 torch.library.register_autograd("lowbit::sparse_linear", _sparse_backward, setup_context=_keep_entries)
+torch.library.register_autograd("lowbit::sparse_add", _sparse_add_backward, setup_context=_keep_sparse)
 torch.library.register_autograd("lowbit::linear_int8", _no_backward)
 
 
