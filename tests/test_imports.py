@@ -29,6 +29,7 @@ FLOOR = {
 FLOOR |= dict.fromkeys(("solvers", "allocate", "prune", "factorize", "distill", "search", "integer", "training"), 5)
 FLOOR |= {
     "recipe": 6,
+    "diagnose": 6,
     "sources": 7,
     "pipeline": 7,
     "evaluate": 7,

@@ -35,9 +35,13 @@ _HOME = {
     "LowbitError": "lowbit.errors",
 }
 
-__all__ = list(_HOME)
+_ROOMS = ("diagnose", "train")  # lowbit.diagnose.Recorder, lowbit.train.run
+
+__all__ = [*_HOME, *_ROOMS]
 
 if TYPE_CHECKING:
+    from lowbit import diagnose as diagnose
+    from lowbit import train as train
     from lowbit.errors import LowbitError as LowbitError
     from lowbit.formats import Format as Format
     from lowbit.formats import QuantizedTensor as QuantizedTensor
@@ -49,6 +53,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     """The public names, each imported when it is first used."""
+    if name in _ROOMS:
+        return import_module(f"lowbit.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
@@ -57,7 +63,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *__all__})
 
 
 def _register_with_transformers() -> None:

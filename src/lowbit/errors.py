@@ -9,6 +9,7 @@
     |- ArtifactError     a folder that is not a whole, untouched artifact
     |- MemoryPlanError   the plan does not fit the ceiling
     |- BudgetError       no choice of formats meets a budget
+    |- TrainingError     a training that cannot go on: NaN in the loss or in the weights
     '- KernelError       a kernel row that is missing, forced wrongly or fails its self-check
 
 Each message says what was given, what was needed, what to type next.
@@ -49,6 +50,10 @@ class MemoryPlanError(LowbitError):
 
 class BudgetError(LowbitError, ValueError):
     """No choice of formats meets the budget; the text says what the smallest reachable one is."""
+
+
+class TrainingError(LowbitError):
+    """A training that cannot go on: the loss or the weights are no numbers any more."""
 
 
 class KernelError(LowbitError):

@@ -63,7 +63,7 @@ class Recipe(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as e:
-            raise RecipeError(_readable(e, fields)) from None
+            raise RecipeError(readable(e, list(Recipe.model_fields))) from None
         if self.group == 0:
             raise RecipeError("group 0: use a positive group size such as 64, or -1 for one group per row.")
         if 8 < self.embeddings < 16:
@@ -180,9 +180,10 @@ def _written_twice(node: Any) -> "str | None":
     return next(again, None) or next(filter(None, map(_written_twice, inner)), None)
 
 
-def _readable(e: ValidationError, fields: dict[str, Any]) -> str:
+def readable(e: ValidationError, known: list[str]) -> str:
+    """The first fault of a recipe in a sentence; `known`: the fields there are."""
     first = e.errors()[0]
     where = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"a recipe has no field {where!r}. {near_names(where, list(Recipe.model_fields))}"
+        return f"a recipe has no field {where!r}. {near_names(where, known)}"
     return f"recipe field {where}={first.get('input')!r}: {first['msg'].lower()}."

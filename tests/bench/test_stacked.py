@@ -10,9 +10,10 @@ from lowbit.bench import stacked
 from lowbit.bench.packing import float_network, packed_network
 from lowbit.bench.pool import Job, Setting, read_rows, run_pool
 from lowbit.bench.rows import PROTOCOLS, ROWS
-from lowbit.bench.trainee import DeviceImages, Trainee
+from lowbit.bench.trainee import Trainee
 from lowbit.errors import ArtifactError
 from lowbit.formats import Format
+from lowbit.train.device_images import DeviceImages
 from lowbit.train.images import Images
 
 CPU = torch.device("cpu")

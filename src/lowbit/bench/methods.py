@@ -20,8 +20,8 @@ import torch
 
 from lowbit.bench.pool import Job, Setting, Slot, Templates, read_rows, run_pool
 from lowbit.bench.rows import PROTOCOLS, ROWS, Protocol, Row
-from lowbit.bench.trainee import DeviceImages
 from lowbit.errors import LowbitError, RecipeError, near_names
+from lowbit.train.device_images import DeviceImages
 from lowbit.train.images import read_images
 
 

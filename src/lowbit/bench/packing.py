@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.bench.rows import Protocol, Row
-from lowbit.bench.trainee import DeviceImages, new_network
+from lowbit.bench.trainee import new_network
 from lowbit.formats import Format, Grid, QuantizedTensor
 from lowbit.runtime import swap
+from lowbit.train.device_images import DeviceImages
 from lowbit.training import summary
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.bench.rows import Protocol, Row
-from lowbit.bench.trainee import DeviceImages, Loss, Trainee, new_network, plain_loss
+from lowbit.bench.trainee import Loss, Trainee, new_network, plain_loss
+from lowbit.train.device_images import DeviceImages
 
 CHUNK = 16  # steps between two looks at a stream
 SAVE_EVERY = 60.0  # seconds between checkpoints

@@ -18,39 +18,10 @@ from torch.func import functional_call
 
 from lowbit.bench.rows import Protocol, Row
 from lowbit.errors import ArtifactError
-from lowbit.train.images import Images
+from lowbit.train.device_images import PAD, DeviceImages
 from lowbit.train.networks import quantized_names, resnet
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PAD = 4
 Loss = Callable[[nn.Module, dict[str, Tensor], Tensor, Tensor], Tensor]
-
-
-class DeviceImages:
-    """Both splits on one device, the training images padded for crops."""
-
-    def __init__(self, train: Images, test: Images, device: torch.device):
-        self.padded = F.pad(train.x, (0, 0, PAD, PAD, PAD, PAD)).to(device)
-        self.y, self.y_test = train.y.to(device), test.y.to(device)
-        self.x_test = test.x.to(device)
-        self.size = train.x.shape[1]
-        self.mean = torch.tensor(MEAN, device=device) * 255
-        self.gain = 1 / (torch.tensor(STD, device=device) * 255)
-        self.at = torch.arange(self.size, device=device)
-
-    def batch(self, draw: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """draw (4, n): which image, two offsets, flip -> x (n, 3, h, w) in channels_last, y (n,)."""
-        i, dy, dx, flip = draw
-        rows = dy[:, None] + self.at
-        columns = torch.where(flip[:, None] > 0, self.size - 1 - self.at, self.at) + dx[:, None]
-        return self._normal(self.padded[i[:, None, None], rows[:, :, None], columns[:, None, :]], dtype), self.y[i]
-
-    def test_batches(self, size: int = 1000) -> "list[tuple[Tensor, Tensor]]":
-        chunks = zip(self.x_test.split(size), self.y_test.split(size))
-        return [(self._normal(x, torch.float32), y) for x, y in chunks]
-
-    def _normal(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return ((x.float() - self.mean) * self.gain).to(dtype).permute(0, 3, 1, 2)
 
 
 def plain_loss(net: nn.Module, tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:

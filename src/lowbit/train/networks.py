@@ -4,6 +4,8 @@
     resnet(activations="sign")                      signs before every convolution but the first
     resnet(activations="approx", block="single")    a real-valued skip round every convolution (Bi-Real, 1808.00278)
     resnet(activations="rsign", block="single")     learned shifts and RPReLU (ReActNet, 2003.03488)
+    resnet(activations="signed")                    no ReLU: for signs that `lowbit.prepare` puts on the layers' inputs
+    resnet(activations="signed_rprelu", block="single")     the same with RPReLU
 
 `quantized_names(net)` lists the convolutions that methods act on: all but the first and the 1 x 1 shortcuts.
 """
@@ -89,7 +91,8 @@ class Unit(nn.Module):
     def __init__(self, in_: int, out: int, stride: int, activations: str):
         super().__init__()
         kind = "approx" if activations == "rsign" else activations
-        self.sign = SignActivation(kind, in_, activations == "rsign") if activations != "float" else nn.Identity()
+        inside = activations in WINDOWS or activations == "rsign"
+        self.sign = SignActivation(kind, in_, activations == "rsign") if inside else nn.Identity()
         self.conv = nn.Conv2d(in_, out, 3, stride, 1, bias=False)
         self.bn = nn.BatchNorm2d(out)
 
@@ -142,7 +145,7 @@ class SingleBlock(nn.Module):
         self.first = Unit(in_, out, stride, activations)
         self.second = Unit(out, out, 1, activations)
         self.shortcut = nn.Identity() if stride == 1 and in_ == out else ConvShortcut(in_, out)
-        rprelu = activations == "rsign"
+        rprelu = activations in ("rsign", "signed_rprelu")
         self.act1, self.act2 = (RPReLU(out) if rprelu else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,14 +157,17 @@ BLOCKS = {"pair": PairBlock, "single": SingleBlock}
 
 
 class ResNet(nn.Module):
-    """Three stages of (depth - 2) / 6 blocks, width, 2 width and 4 width channels. x (n, 3, h, w) -> (n, classes)."""
+    """Three stages of (depth - 2) / 6 blocks, width, 2 width and 4 width channels.
+
+    x (n, channels, h, w) -> (n, classes)
+    """
 
     def __init__(
         self, depth: int = 20, width: int = 16, classes: int = 10, activations: str = "float", block: str = "pair",
-        stem_stride: int = 1,
+        stem_stride: int = 1, channels: int = 3,
     ):  # fmt: skip
         super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, stem_stride, 1, bias=False)
+        self.stem = nn.Conv2d(channels, width, 3, stem_stride, 1, bias=False)
         self.bn = nn.BatchNorm2d(width)
         self.act: nn.Module = nn.ReLU() if activations == "float" else nn.Identity()
         blocks, in_ = [], width

@@ -1,7 +1,6 @@
 """pack: evaluate every weight function once and keep only its bits."""
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from lowbit.activations import attach, attached
 from lowbit.errors import RecipeError
@@ -21,7 +20,6 @@ def pack(net: nn.Module, activations: str = "float") -> nn.Module:
         raise RecipeError('nothing to pack: call lowbit.prepare(net, "ternary") first, then train.')
     for name, module, function in prepared:
         qt = function.quantized(latent_of(module))
-        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
         kind = swap.kind_of(module)
         assert kind is not None
         conv = swap.conv_options(module) if kind == "conv2d" else None
