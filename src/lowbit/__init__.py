@@ -37,7 +37,7 @@ _HOME = {
 
 _ROOMS = ("diagnose", "train")  # lowbit.diagnose.Recorder, lowbit.train.run
 
-__all__ = [*_HOME, *_ROOMS]
+__all__ = list(_HOME) + list(_ROOMS)
 
 if TYPE_CHECKING:
     from lowbit import diagnose as diagnose

@@ -91,12 +91,12 @@ class Recorder:
         self._codes[name] = codes
         w_hat = function.quantized(latent).dequantize().float()
         same = latent.shape == w_hat.shape
-        steps = function.in_steps(latent) if hasattr(function, "in_steps") else None
+        x, t_of_x = function.in_steps(latent) if hasattr(function, "in_steps") else (None, None)
         return {
             "flip_rate": None if before is None else _number((codes != before).float().mean()),
             "zero_fraction": _number((w_hat == 0).float().mean()),
             "distance": distance(latent.float(), w_hat.to(latent.device)) if same else None,
-            "estimator_error": None if steps is None else estimator_error(*steps, function.format.levels.values),
+            "estimator_error": None if x is None else estimator_error(x, t_of_x, function.format.levels.values),
         }
 
 
