@@ -152,6 +152,17 @@ def test_a_net_with_input_functions_trains_and_packs(activations) -> None:
     assert len(list(input_functions(n))) == 2
 
 
+def test_a_packed_net_with_input_functions_comes_back_from_its_file(tmp_path) -> None:
+    n = prepare(net(), {"weights": "binary", "activations": "sign"})
+    with torch.no_grad():
+        n[3].input_function.shift.uniform_(-1, 1)
+        packed = pack(n)
+        wanted = packed(X)
+        save(packed, tmp_path / "out")
+        same = prepare(net(), {"weights": "float", "activations": "sign"})
+        assert torch.equal(load(tmp_path / "out", model=same)(X), wanted)
+
+
 def test_a_tied_weight_is_an_error() -> None:
     n = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 10, bias=False))
     n[2].weight = n[0].weight

@@ -13,6 +13,7 @@ from lowbit.runtime.layers import PackedConv2d, PackedEmbedding, PackedLinear
 PACKED_KINDS = {"linear": PackedLinear, "embedding": PackedEmbedding, "conv2d": PackedConv2d}
 PACKED = tuple(PACKED_KINDS.values())
 FLOAT = {"linear": nn.Linear, "embedding": nn.Embedding, "conv2d": nn.Conv2d}
+INPUT_FUNCTION = "input_function"  # as lowbit.activations attaches it
 CONV_KEYS = ("stride", "padding", "dilation", "groups", "padding_mode")
 ELSEWHERE = "check that the architecture is the one that was compressed, or re-run lowbit compress"
 
@@ -149,7 +150,11 @@ def _module(model: nn.Module, name: str) -> nn.Module:
 
 def _set_module(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
-    new.train(model.get_submodule(name).training)
+    old = model.get_submodule(name)
+    new.train(old.training)
+    if INPUT_FUNCTION in old._modules:  # what rounds the layer's input, and the hook that calls it, stay
+        new.add_module(INPUT_FUNCTION, old._modules[INPUT_FUNCTION])
+        new._forward_pre_hooks.update(old._forward_pre_hooks)
     model.get_submodule(parent)._modules[leaf] = new
 
 
