@@ -3,7 +3,6 @@
 prefill   a prompt of `prompt` tokens read at once        decode   one token at a time after it
 """
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,8 +76,6 @@ def _measure(c: Candidate, count: int, ids: list[int], tokens: int) -> tuple[flo
         started = time.perf_counter()
         decode(stretch)
         times.append((time.perf_counter() - started) / stretch)
-    del prefill, decode
-    gc.collect()
     return first, sorted(times)[1]
 
 
