@@ -96,7 +96,9 @@ class Recorder:
             "flip_rate": None if before is None else _number((codes != before).float().mean()),
             "zero_fraction": _number((w_hat == 0).float().mean()),
             "distance": distance(latent.float(), w_hat.to(latent.device)) if same else None,
-            "estimator_error": None if x is None else estimator_error(x, t_of_x, function.format.levels.values),
+            "estimator_error": None
+            if x is None or t_of_x is None
+            else estimator_error(x, t_of_x, function.format.levels.values),
         }
 
 

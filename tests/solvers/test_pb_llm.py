@@ -9,7 +9,7 @@ from lowbit.solvers import find
 from lowbit.solvers.pb_llm import solve
 from lowbit.statistics import LayerStatistics, output_error
 
-PLAIN = {"weighted": False, "refit": False, "sweeps": 0}
+PLAIN = {"damping": 0.01, "weighted": False, "refit": False, "sweeps": 0}
 
 
 def problem(out: int = 32, in_: int = 64) -> tuple[torch.Tensor, LayerStatistics]:

@@ -20,7 +20,7 @@ def test_without_outliers_it_is_gptq_with_real_zeros():
     w, stats = problem()
     fmt = Format.parse("uint3-g16-zreal")
     found = solve(w, stats, fmt, tau=float("inf"), damping=0.01)
-    plain = {"act_order": False, "static_groups": False, "weighted": False, "refit": False}
+    plain = {"damping": 0.01, "act_order": False, "static_groups": False, "weighted": False, "refit": False}
     gptq = find("gptq").solve(w, stats, fmt, **{**find("gptq").options, **plain})
     assert not found.exceptions
     assert torch.equal(found.codes, gptq.codes) and torch.equal(found.w_hat(), gptq.w_hat())
