@@ -7,9 +7,11 @@ lowbit.api.compress_model("model.gguf", "out/", method="gptq", bits=4, data="val
 import hashlib
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,7 @@ def compress_model(
     out: "str | Path",
     *,
     method: "str | None" = None,
-    bits: "int | None" = None,
+    bits: "int | float | None" = None,
     group: "int | None" = None,
     format: "str | None" = None,
     data: "str | None" = None,
@@ -108,6 +110,9 @@ def compress_model(
     windows: "int | None" = None,
     context: "int | None" = None,
     seed: "int | None" = None,
+    budget: "int | None" = None,
+    max_loss: "float | None" = None,
+    latency: "float | None" = None,
     max_ram: "int | None" = None,
     force: bool = False,
     embed_bits: "int | None" = None,
@@ -119,63 +124,155 @@ def compress_model(
 ) -> dict[str, Any]:
     """Compress a model on disk (GGUF file, folder, hub name) into the artifact OUT, block by block.
 
+    budget:    bytes of model.safetensors; max_loss: perplexity / float perplexity - 1, on held-out windows of the
+               data; latency: seconds to generate a token; bits that are no whole number: an average. With one of
+               these, formats are chosen layer by layer: see `lowbit.pipeline.auto`
     max_ram:   ceiling in bytes; the plan is made, and said through progress, before anything runs
     tokenizer: a folder, if not the model's own
-    returns:   the JSON object of `lowbit compress`
+    returns:   the JSON object of `lowbit compress`; with a goal, "choice" in it says what was chosen and measured
 
     A run that was killed goes on from the last finished block when it is called again, and ends with the same bytes.
     Raises LowbitError with one sentence that says what to type; OUT then does not exist (or is what it was).
     """
     began, say, out = time.perf_counter(), progress or (lambda event: None), Path(out)
-    widths = {"bits": bits, "group": group, "format": format, "embeddings": embed_bits, "activations": activations}
+    goals = _goals(budget, bits, max_loss, latency)
+    width = None if goals else bits
+    widths = {"bits": width, "group": group, "format": format, "embeddings": embed_bits, "activations": activations}
     calibration = {"gram": gram, "data": data, "windows": windows, "context": context, "seed": seed}
     plan = Recipe.merged(recipe, method=method, options=options, **widths, **calibration)
     refuse_existing(out, force)
-    if (plan.solver.needs_data or plan.gram != "inputs") and not plan.data:
+    if goals:
+        _check_goals(goals, plan, format)
+    if plan.needs_data and not plan.data:
         raise RecipeError(f"{plan.method} needs calibration text: add --data FILE, or use --method rtn or hqq.")
     source = open_model(model)
     words = _tokenizer(source, tokenizer)
-    ids, notes = None, []
+    ids, notes, text = None, [], ""
     if plan.data:
-        found = token_windows(read_text(plan.data), words, plan.windows, plan.context, plan.seed)
+        text = read_text(plan.data)
+        found = token_windows(text, words, plan.windows, plan.context, plan.seed)
         ids, notes = found.ids, [found.note] if found.note else []
         _check_ids(ids, source.config)
-    walk = Walk(source, plan, MemoryStore(), ids, say)
-    estimate = walk.plan(resident_memory_bytes(), max_ram)
-    say({"event": "plan"} | estimate.as_dict() | {"notes": [*estimate.notes, *notes], "model": source.describe()})
-    with closing(FolderStore(Path(f"{out}.partial"), _identity(source, plan, ids), replace=force)) as store:
-        walk.store = store
-        pieces = walk.run(estimate.recompute)
-        say({"event": "write"})
-        layers = {name: row for piece in pieces for name, row in store.entries(piece)["layers"].items()}
-        run = {
-            "seconds": time.perf_counter() - began,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "machine": machine(),
-            "threads": torch.get_num_threads(),
-        }
-        manifest = write_artifact(
-            out,
-            [store.path(piece) for piece in pieces],
-            layers,
-            tied=_tied_modules(source.tied, layers),
-            config=source.config,
-            auto_class=auto_class_of(walk.model),
-            recipe=plan.as_dict(),
-            seed=plan.seed,
-            source={
-                "describe": source.describe(),
-                "fingerprint": source.fingerprint,
-                "nbytes_float": source.nbytes_float,
-            },
-            activations=plan.activations,
-            tokenizer=words,
-            generation_config=getattr(walk.model, "generation_config", None),
-            run=run | {"evaluations": []},
-            force=force,
+    job = _Job(source, words, ids, say, max_ram, began, notes)
+    if not goals:
+        manifest, run = job.compress(plan, out, Path(f"{out}.partial"), force)
+        return result_of(manifest, run)
+    from lowbit.pipeline import auto
+
+    assert ids is not None
+    more = token_windows(text, words, plan.windows + auto.HELD_WINDOWS, plan.context, plan.seed).ids
+    wanted = {"goals": goals.as_dict(), "method": method, "group": group, "embeddings": embed_bits}
+    with closing(FolderStore(Path(f"{out}.partial"), _identity(source, plan, ids) | wanted, replace=force)) as store:
+        folder, choice = auto.compress_to(
+            goals,
+            plan,
+            source,
+            auto.split_windows(more, ids),
+            store,
+            lambda recipe, to, work: job.compress(recipe, to, work, True)[0],
+            say,
+            method,
+            group,
+            fixed_ends=embed_bits is not None or goals.only_bits,
         )
+        manifest, run = _put_in_place(folder, out, force, choice, began)
         store.discard()
-    return result_of(manifest, run)
+    return result_of(manifest, run) | {"choice": choice}
+
+
+def _goals(budget: "int | None", bits: "int | float | None", max_loss: "float | None", latency: "float | None") -> Any:
+    """What was asked for, with an average of bits only where that is no whole number or stands beside another goal."""
+    from lowbit.pipeline.goals import Goals
+
+    others = (budget, max_loss, latency) != (None, None, None)
+    average = bits is not None and (others or bits != int(bits))
+    return Goals(budget, float(bits) if average and bits is not None else None, max_loss, latency)
+
+
+def _check_goals(goals: Any, plan: Recipe, format: "str | None") -> None:
+    """A goal chooses formats itself, from a probe of the model on a text."""
+    if format or plan.format or plan.layers:
+        raise RecipeError(f"a goal ({goals.words()}) chooses the formats: leave out --format and the recipe's formats.")
+    if not plan.data:
+        raise RecipeError(f"a goal ({goals.words()}) needs calibration text to choose by: add --data FILE.")
+    if plan.solver.smooth is not None:
+        raise RecipeError(f"{plan.method} scales whole blocks and takes no goal: leave out --method.")
+
+
+def _put_in_place(
+    folder: Path, out: Path, force: bool, choice: dict[str, Any], began: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Move a finished artifact to OUT, with what was chosen and measured in its run.json."""
+    from lowbit.report.run_file import read_run, write_run
+    from lowbit.runtime.manifest import load_manifest
+
+    got = choice["measured"]
+    row = {k: got[k] for k in ("perplexity", "float_perplexity", "windows", "context")}
+    run = read_run(folder) | {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes()}
+    run |= {"choice": choice, "evaluations": [row | {"text": "held-out calibration windows", "protocol": "gptq"}]}
+    write_run(folder, run)
+    refuse_existing(out, force)
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(folder, out)
+    return load_manifest(out), run
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A model and its calibration, compressed by a recipe as often as needed."""
+
+    source: Any
+    words: Any
+    ids: "Tensor | None"
+    say: Progress
+    max_ram: "int | None"
+    began: float
+    notes: list[str]
+
+    def compress(self, plan: Recipe, out: Path, work: Path, force: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Walk and write: (manifest, run). `work` holds the finished blocks until then."""
+        source, ids = self.source, self.ids
+        walk = Walk(source, plan, MemoryStore(), ids, self.say)
+        estimate = walk.plan(resident_memory_bytes(), self.max_ram)
+        self.say(
+            {"event": "plan"}
+            | estimate.as_dict()
+            | {"notes": [*estimate.notes, *self.notes], "model": source.describe()}
+        )
+        with closing(FolderStore(work, _identity(source, plan, ids), replace=force)) as store:
+            walk.store = store
+            pieces = walk.run(estimate.recompute)
+            self.say({"event": "write"})
+            layers = {name: row for piece in pieces for name, row in store.entries(piece)["layers"].items()}
+            run = {
+                "seconds": time.perf_counter() - self.began,
+                "peak_memory_bytes": peak_memory_bytes(),
+                "machine": machine(),
+                "threads": torch.get_num_threads(),
+            }
+            manifest = write_artifact(
+                out,
+                [store.path(piece) for piece in pieces],
+                layers,
+                tied=_tied_modules(source.tied, layers),
+                config=source.config,
+                auto_class=auto_class_of(walk.model),
+                recipe=plan.as_dict(),
+                seed=plan.seed,
+                source={
+                    "describe": source.describe(),
+                    "fingerprint": source.fingerprint,
+                    "nbytes_float": source.nbytes_float,
+                },
+                activations=plan.activations,
+                tokenizer=self.words,
+                generation_config=getattr(walk.model, "generation_config", None),
+                run=run | {"evaluations": []},
+                force=force,
+            )
+            store.discard()
+        return manifest, run
 
 
 def result_of(manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
@@ -274,7 +371,7 @@ def _ids(data: Any, tokenizer: Any, plan: Recipe) -> "Tensor | None":
     if data is None:
         data = plan.data or None
     if data is None:
-        if plan.solver.needs_data or plan.gram != "inputs":
+        if plan.needs_data:
             raise RecipeError(
                 f"{plan.method} needs calibration data: data=texts with tokenizer=..., or data=token_ids; "
                 "or use rtn or hqq."
@@ -333,7 +430,7 @@ def _compress_layers(model: nn.Module, plan: Recipe) -> nn.Module:
     """Any network, each layer on its own, without data."""
     import copy
 
-    if plan.solver.needs_data:
+    if plan.needs_data:
         raise RecipeError(f"{plan.method} walks transformers models; for another network use method rtn or hqq.")
     model = copy.deepcopy(model).eval()
     layers = {n: m for n, m in model.named_modules() if layer_type(m) in ("linear", "conv2d")}
@@ -345,8 +442,9 @@ def _compress_layers(model: nn.Module, plan: Recipe) -> nn.Module:
         if fmt is None:
             continue
         w = layer_matrix(layer)
+        spec, options = plan.solver_for(name)
         try:
-            solution = plan.solver.solve(w.reshape(w.shape[0], -1).float(), None, fmt, **plan.solver_options)
+            solution = spec.solve(w.reshape(w.shape[0], -1).float(), None, fmt, **options)
         except ShapeError as e:
             raise ShapeError(f"{name}: {e}") from None
         quantized: QuantizedTensor = solution.quantized(tuple(w.shape))

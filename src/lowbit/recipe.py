@@ -6,10 +6,12 @@
     format: uint4-g64       instead of bits and group: any format string
     layers:                 other formats for some layers, the first match wins; "float" leaves a layer alone
       - {match: "*.down_proj", format: uint8-g64}
+      - {match: "*.v_proj", format: uint4-g64, method: rtn}     another method, with its default options
     options: {damping: 0.01}    the method's own options
     gram: oac               what is gathered about a layer: inputs, or the loss's gradients too: oac, guided, fisher
     data: valid.txt[:50%]   calibration text; windows x context tokens of it, chosen by seed
-    embeddings: 8           bits of the embeddings and the output head, in groups (16 leaves them as they are)
+    embeddings: 8           bits of the embeddings and the output head, in groups (16 leaves them as they are), or
+                            their format, e.g. uint4-g64-search
 
 The steps follow from it and always come in this order: embeddings, calibration inputs, blocks one after the other
 (statistics, solve, pack), output head, artifact. `Recipe.load` reads YAML, `Recipe.merged` lets flags win over the
@@ -28,11 +30,12 @@ from lowbit.solvers import Spec, find, table
 
 
 class LayerRule(BaseModel):
-    """One exception to the recipe's format: layers whose full name matches the pattern."""
+    """One exception to the recipe's format (and method, if it names one): layers whose full name matches."""
 
     model_config = ConfigDict(extra="forbid")
     match: str
     format: str
+    method: str = ""
 
 
 class Recipe(BaseModel):
@@ -49,7 +52,7 @@ class Recipe(BaseModel):
     windows: int = Field(24, ge=1)
     context: int = Field(512, ge=2)
     seed: int = Field(0, ge=-(2**63), lt=2**64)  # what torch takes
-    embeddings: int = Field(8, ge=1, le=16)
+    embeddings: int | str = 8
     activations: Literal["float", "int8"] = "float"
     gram: Literal["inputs", "oac", "guided", "fisher"] = "inputs"
 
@@ -66,10 +69,12 @@ class Recipe(BaseModel):
             raise RecipeError(readable(e, list(Recipe.model_fields))) from None
         if self.group == 0:
             raise RecipeError("group 0: use a positive group size such as 64, or -1 for one group per row.")
-        if 8 < self.embeddings < 16:
-            raise RecipeError(f"embeddings: {self.embeddings} bits; use 1 to 8, or 16 to leave them as they are.")
+        self._check_embeddings()
         self._check_options(find(self.method))
-        for text in (self.format, *(rule.format for rule in self.layers)):
+        for rule in self.layers:
+            if rule.method and rule.method != self.method and find(rule.method).smooth is not None:
+                raise RecipeError(f"{rule.match}: {rule.method} scales whole blocks and cannot be a rule's method.")
+        for text in (self.format, *self._formats_named()):
             if text not in ("", "float") and Format.parse(text).rounding == "stochastic":
                 raise RecipeError(f"{text}: stochastic rounding gives other codes on every run. Leave that word out.")
 
@@ -88,9 +93,34 @@ class Recipe(BaseModel):
                     f"e.g. {spec.options[name]}."
                 )
 
+    def _formats_named(self) -> list[str]:
+        return [rule.format for rule in self.layers] + [t for t in [self.embeddings] if isinstance(t, str)]
+
+    def _check_embeddings(self) -> None:
+        if isinstance(self.embeddings, str):
+            Format.parse(self.embeddings)
+        elif not (1 <= self.embeddings <= 8 or self.embeddings == 16):
+            raise RecipeError(f"embeddings: {self.embeddings} bits; use 1 to 8, or 16 to leave them as they are.")
+
     @property
     def solver(self) -> Spec:
         return find(self.method)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether any of its methods does, or its Gram matrices."""
+        return self.gram != "inputs" or any(find(m).needs_data for m in {self.method, *(rule.method or self.method for rule in self.layers)})
+
+    def solver_for(self, layer: str) -> "tuple[Spec, dict[str, Any]]":
+        """A layer's method and the options it runs with."""
+        rule = self._rule(layer)
+        if rule is None or rule.method in ("", self.method):
+            return self.solver, self.solver_options
+        spec = find(rule.method)
+        return spec, dict(spec.options)
+
+    def _rule(self, layer: str) -> "LayerRule | None":
+        return next((rule for rule in self.layers if fnmatchcase(layer, rule.match)), None)
 
     @property
     def solver_options(self) -> dict[str, Any]:
@@ -99,11 +129,10 @@ class Recipe(BaseModel):
 
     def format_for(self, layer: str) -> "Format | None":
         """The format of a layer by its full name; None leaves it as it is."""
-        for rule in self.layers:
-            if fnmatchcase(layer, rule.match):
-                return None if rule.format == "float" else Format.parse(rule.format)
-        if self.format:
-            return None if self.format == "float" else Format.parse(self.format)
+        rule = self._rule(layer)
+        text = self.format if rule is None else rule.format
+        if text:
+            return None if text == "float" else Format.parse(text)
         return self.solver.default_format(self.bits, self.group)
 
     def embedding_format(self, width: int) -> "Format | None":
@@ -111,6 +140,8 @@ class Recipe(BaseModel):
 
         Symmetric groups of the recipe's group size where it divides. None leaves them as they are.
         """
+        if isinstance(self.embeddings, str):
+            return Format.parse(self.embeddings)
         if self.embeddings == 16:
             return None
         group = next((g for g in (self.group, 64, 32, 16) if g > 0 and width % g == 0), -1)

@@ -1,6 +1,7 @@
 """What a person sees while a model is compressed: the plan, then blocks and layers with error, time left and memory.
 
-Events come from the pipeline as dicts: plan, resume, layer, block, note, write. At a terminal they move one live
+Events come from the pipeline as dicts: plan, resume, layer, block, note, write; on the way to a goal also probe,
+chosen, measuring and measured. At a terminal they move one live
 display; in a pipe each block is one line; with --json and nobody watching, nothing.
 """
 
@@ -65,6 +66,35 @@ class CompressProgress:
             f"block {done}/{blocks}  error {number(error, 3)}  {time_words(spent)}, "
             f"{time_words(e.get('eta_seconds'))} left  memory {size_words(e.get('rss_bytes'))}"
         )
+
+    def _on_probe(self, e: dict[str, Any]) -> None:
+        forward, blocks = e["part"] == "forward", int(e["blocks"])
+        done = int(e["block"]) + 1 if forward else 2 * blocks - int(e["block"])
+        if self.shell.rich:
+            self._live(e | {"block": done, "blocks": 2 * blocks}, "probing what each layer loses")
+            if done == 2 * blocks:
+                self._stop()
+        elif done in (1, blocks + 1):
+            self._line(
+                f"Probing what each layer loses: {'forward' if forward else 'backward'} through {blocks} blocks."
+            )
+
+    def _on_chosen(self, e: dict[str, Any]) -> None:
+        self._stop()
+        x = e["expected"]
+        time = f", {1000 * x['latency']:.3g} ms a token" if "latency" in x else ""
+        self._line(f"Goal: {e['goals']}.")
+        self._line(
+            f"Expected: {size_words(x['bytes'])}, {x['bits_per_weight']:.3f} bits per weight in the blocks, "
+            f"perplexity {100 * x['loss']:+.2f}%{time}."
+        )
+
+    def _on_measuring(self, e: dict[str, Any]) -> None:
+        if e["done"] == 1:
+            self._line(f"Measuring on {e['of']} held-out windows.")
+
+    def _on_measured(self, e: dict[str, Any]) -> None:
+        self._line(f"Measured: {size_words(e['bytes'])}, perplexity {100 * e['loss']:+.2f}% of the float model's.")
 
     def _on_write(self, e: dict[str, Any]) -> None:
         self._stop()

@@ -1,4 +1,4 @@
-"""Reading what people type: sizes and key=value settings."""
+"""Reading what people type: sizes, shares, times and key=value settings."""
 
 import re
 from typing import Any
@@ -25,6 +25,33 @@ def parse_size(text: str) -> int:
     if size < 1_000_000:
         raise typer.BadParameter(f"{text!r} is {size} bytes, too little to run anything. Did you mean {m[1]}GB?")
     return size
+
+
+def parse_fraction(text: str) -> float:
+    """A share: "5%", "0.05".
+
+    >>> parse_fraction("5%"), parse_fraction("0.05")
+    (0.05, 0.05)
+    """
+    m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    if m is None or float(m[1]) == 0:
+        raise typer.BadParameter(f"{text!r} is not a share above 0. Write for example 5% or 0.05.")
+    value = float(m[1]) / (100 if m[2] else 1)
+    if not m[2] and value >= 1:
+        raise typer.BadParameter(f"{text!r} is {100 * value:g} percent. Did you mean {text.strip()}%?")
+    return value
+
+
+def parse_seconds(text: str) -> float:
+    """A time: "20ms", "0.02s", "500us".
+
+    >>> parse_seconds("20ms"), parse_seconds("1.5s")
+    (0.02, 1.5)
+    """
+    m = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(us|ms|s)\s*", text)
+    if m is None or float(m[1]) == 0:
+        raise typer.BadParameter(f"{text!r} is not a time above 0. Write a number and a unit, for example 20ms.")
+    return float(m[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0}[m[2]]
 
 
 def parse_settings(pairs: "list[str] | None") -> dict[str, Any]:

@@ -4,6 +4,12 @@ MODEL is a .gguf file, a folder with safetensors, or a Hugging Face name. The fl
 A run that was stopped goes on from the last finished block when the same command is typed again.
 
     lowbit compress model.gguf -o out --method gptq --bits 4 --group 64 --data "valid.txt[:50%]"
+
+With a goal instead of a width (--budget 60MB, --bits 2.5, --max-loss 5%, --latency 20ms, or several) a short probe
+finds out what each layer loses at each width, and every layer gets the format that serves the goal best. What is
+expected is said before, what was got is measured after.
+
+    lowbit compress model.gguf -o out --budget 60MB --data "valid.txt[:50%]"
 """
 
 from pathlib import Path
@@ -13,15 +19,19 @@ import typer
 
 from lowbit.cli._progress import CompressProgress
 from lowbit.cli._shell import Json, shell
-from lowbit.cli._values import parse_settings, parse_size
+from lowbit.cli._values import parse_fraction, parse_seconds, parse_settings, parse_size
 from lowbit.report.words import number, size_words, time_words
 
 ORDER = 20
 METHOD = "How to quantize"
+GOAL = "Or what to reach"
 DATA = "Calibration"
 RUN = "The run"
 
-Bits = Annotated[int | None, typer.Option(min=1, max=8, help="Bits per code (4).", rich_help_panel=METHOD)]
+Bits = Annotated[
+    float | None,
+    typer.Option(min=1, max=8, help="Bits per code (4); 2.5 is an average to reach.", rich_help_panel=METHOD),
+]
 
 
 def run(
@@ -48,6 +58,16 @@ def run(
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable.", rich_help_panel=METHOD),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes of the weights' file, e.g. 60MB.", rich_help_panel=GOAL)
+    ] = None,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(metavar="PERCENT", help="How much perplexity may rise, e.g. 5%.", rich_help_panel=GOAL),
+    ] = None,
+    latency: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Time to generate a token here, e.g. 20ms.", rich_help_panel=GOAL)
     ] = None,
     data: Annotated[
         str | None,
@@ -85,7 +105,7 @@ def run(
     how = {
         "recipe": recipe,
         "method": method,
-        "bits": bits,
+        "bits": int(bits) if bits is not None and bits == int(bits) else bits,
         "group": group,
         "format": format,
         "embed_bits": embed_bits,
@@ -97,6 +117,9 @@ def run(
         "context": context,
         "seed": seed,
         "tokenizer": tokenizer,
+        "budget": parse_size(budget) if budget is not None else None,
+        "max_loss": parse_fraction(max_loss) if max_loss is not None else None,
+        "latency": parse_seconds(latency) if latency is not None else None,
     }
     typed: dict[str, Any] = {k: v for k, v in how.items() if v is not None}
     with CompressProgress(sh) as progress:
@@ -104,9 +127,12 @@ def run(
     _write_report(out)
     _summary(sh, result, model, out)
     sh.result(result)
+    if not result.get("choice", {"met": True})["met"]:
+        sh.note(f"lowbit: {result['choice']['words']} was not reached; {out} is the nearest that was found.")
+        raise typer.Exit(1)
 
 
-def _check_choices(bits: int | None, group: int | None, fmt: str | None, activations: str | None) -> None:
+def _check_choices(bits: float | None, group: int | None, fmt: str | None, activations: str | None) -> None:
     """Options that contradict each other, before anything is read."""
     if fmt is not None and (bits is not None or group is not None):
         raise typer.BadParameter(f"--format {fmt} says bits and group itself; leave out --bits and --group.")
@@ -136,6 +162,8 @@ def _summary(sh: Any, result: dict[str, Any], model: str, out: Path) -> None:
         ("peak memory", size_words(result["peak_memory_bytes"])),
         ("report", str(out / "report.html")),
     ]
+    if "choice" in result:
+        rows[2:3] = [("perplexity", _reached(result["choice"]))]
     sh.say()
     sh.say(f"Wrote {out}", style="bold green")
     for name, value in rows:
@@ -144,6 +172,12 @@ def _summary(sh: Any, result: dict[str, Any], model: str, out: Path) -> None:
     sh.say("Next:")
     sh.say(f"  lowbit eval {quoted(out)} --text TEXT --against {quoted(model)}")
     sh.say(f'  lowbit generate {quoted(out)} --prompt "The capital of France is"')
+
+
+def _reached(choice: dict[str, Any]) -> str:
+    got, expected = choice["measured"], choice["expected"]
+    words = f"{100 * got['loss']:+.2f}% on {got['windows']} held-out windows ({100 * expected['loss']:+.2f}% expected)"
+    return words + (f", {1000 * got['latency']:.3g} ms a token" if "latency" in got else "")
 
 
 def quoted(path: object) -> str:

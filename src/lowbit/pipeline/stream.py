@@ -284,11 +284,12 @@ class Walk:
 
     def _check_unused(self, i: int, names: list[str]) -> None:
         """Layers without inputs have no statistics: only a method without data can round them."""
-        for name in names if self.recipe.solver.needs_data else ():
+        for name in names:
             full = f"{self.prefix}.{i}.{name}"
-            if self.recipe.format_for(full) is not None:
+            spec, _ = self.recipe.solver_for(full)
+            if spec.needs_data and self.recipe.format_for(full) is not None:
                 raise RecipeError(
-                    f"the model does not use {full} on the calibration text, so {self.recipe.method} cannot round it. "
+                    f"the model does not use {full} on the calibration text, so {spec.name} cannot round it. "
                     f'Leave it as it is: layers: [{{match: "*.{name}", format: float}}] in a recipe.'
                 )
 
@@ -343,7 +344,8 @@ class Walk:
             layers = [block.get_submodule(n) for n in names]
             w = torch.cat([layer_matrix(m) for m in layers]).contiguous()
             own = self.own.get(names[0], statistics)
-            solution = self.recipe.solver.solve(w, own, fmt, **self.recipe.solver_options)
+            spec, options = self.recipe.solver_for(f"{self.prefix}.{i}.{names[0]}")
+            solution = spec.solve(w, own, fmt, **options)
             start = 0
             for name, layer in zip(names, layers):
                 rows = layer_matrix(layer).shape[0]
@@ -352,14 +354,16 @@ class Walk:
         return solutions
 
     def _stacks(self, i: int, group: list[str], shared: bool) -> "list[tuple[list[str], Format]]":
-        """Layers to solve together: same input, same format, scales that do not reach over rows."""
+        """Layers to solve together: same input, method and format, scales that do not reach over rows."""
         stacks: dict[Any, tuple[list[str], Format]] = {}
         for name in group:
-            fmt = self.recipe.format_for(f"{self.prefix}.{i}.{name}")
+            full = f"{self.prefix}.{i}.{name}"
+            fmt = self.recipe.format_for(full)
             if fmt is not None:
                 alone = not shared or fmt.blocks.rows != 1 or fmt.scale_dtype in ("double", "q3x16")
                 alone = alone or name in self.own
-                stacks.setdefault(name if alone else fmt, ([], fmt))[0].append(name)
+                key = name if alone else (fmt, self.recipe.solver_for(full)[0].name)
+                stacks.setdefault(key, ([], fmt))[0].append(name)
         return list(stacks.values())
 
     def _finish(

@@ -50,7 +50,7 @@ def report_html(manifest: dict[str, Any], run: dict[str, Any], folder_name: str)
     """The page for a checked manifest and the run beside it."""
     layers = view.layers_of(manifest)
     inner = [la for la in layers if not view.is_embedding(la)] or layers
-    sizes = view.sizes(manifest, layers)
+    sizes, choice = view.sizes(manifest, layers), view.choice_of(run)
     return render(
         "artifact.html",
         m=manifest,
@@ -71,6 +71,8 @@ def report_html(manifest: dict[str, Any], run: dict[str, Any], folder_name: str)
         sensitivity_chart=attribute_map(inner, "sensitivity", "sensitivity"),
         parts_used=[(p, PART_STYLES[p]) for p in view.PARTS if any(la.bytes_by_part[p] for la in inner)],
         settings=_settings(manifest["recipe"]),
+        choice=choice,
+        frontier_chart=frontier_chart(choice) if choice else "",
     )
 
 
@@ -105,6 +107,26 @@ def bits_chart(layers: list[view.Layer], limit: int = 16) -> str:
         ]
         rows.append((name, segments, f"{sum(bits.values()):.3g}"))
     return svg.stacked_bars(rows)
+
+
+def frontier_chart(choice: dict[str, Any], most: float = 2.0) -> str:
+    """Expected rise of perplexity against size: mixed formats, one format for all, and what was measured.
+
+    Points beyond `most` times the larger of the chosen point's rises are left out.
+    """
+    chosen, got = choice["expected"], choice["measured"]
+    top = max(most * max(chosen["loss"], got["loss"]), 0.02)
+
+    def points(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+        return sorted((r["bytes"] / 1e6, 100 * r["loss"]) for r in rows if r["loss"] <= top)
+
+    series = [
+        svg.Series("one format for all", points(choice["uniform"]), "c5"),
+        svg.Series("mixed formats", points(choice["frontier"]), "c0"),
+        svg.Series("expected", points([chosen]), "c1"),
+        svg.Series("measured", points([got]), "c3"),
+    ]
+    return svg.lines([s for s in series if s.points], "MB", "perplexity against float, %", from_zero=False)
 
 
 def error_chart(layers: list[view.Layer]) -> str:

@@ -30,6 +30,11 @@ def add_evaluation(folder: Path, row: dict[str, Any]) -> None:
     """Append one evaluation; the file is replaced as a whole, so a crash leaves the old or the new one."""
     run = read_run(folder)
     run["evaluations"].append(row)
+    write_run(folder, run)
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Replace run.json as a whole."""
     temporary = folder / f".{NAME}.{os.getpid()}"
     try:
         temporary.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n", "utf-8")

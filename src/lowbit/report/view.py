@@ -138,6 +138,17 @@ def best_evaluation(run: dict[str, Any]) -> "dict[str, Any] | None":
     return (both or rows or [None])[-1]
 
 
+def choice_of(run: dict[str, Any]) -> "dict[str, Any] | None":
+    """What run.json says about how the formats were chosen; None where nothing was, or where it is damaged."""
+    choice = run.get("choice")
+    try:
+        rows = [choice["expected"], choice["measured"], *choice["frontier"], *choice["uniform"]]  # type: ignore[index]
+        good = all(isinstance(r[k], (int, float)) for r in rows for k in ("bytes", "bits_per_weight", "loss"))
+        return choice if good and choice["words"] and choice["tries"] and "probe_seconds" in choice else None  # type: ignore[index]
+    except (KeyError, TypeError):
+        return None
+
+
 def error_words(manifest: dict[str, Any]) -> str:
     """What the layers' `error` is the error of: of outputs where a text was read, else of the weights."""
     if manifest["recipe"].get("data"):
