@@ -72,8 +72,7 @@ class Recipe(BaseModel):
         self._check_embeddings()
         self._check_options(find(self.method))
         for rule in self.layers:
-            if rule.method and rule.method != self.method and find(rule.method).smooth is not None:
-                raise RecipeError(f"{rule.match}: {rule.method} scales whole blocks and cannot be a rule's method.")
+            self._check_rule(rule)
         for text in (self.format, *self._formats_named()):
             if text not in ("", "float") and Format.parse(text).rounding == "stochastic":
                 raise RecipeError(f"{text}: stochastic rounding gives other codes on every run. Leave that word out.")
@@ -92,6 +91,13 @@ class Recipe(BaseModel):
                     f"option {name}={value!r} of {spec.name!r} should be {wanted[type(spec.options[name])]}, "
                     f"e.g. {spec.options[name]}."
                 )
+
+    def _check_rule(self, rule: LayerRule) -> None:
+        if rule.method in ("", self.method):
+            return
+        spec = find(rule.method)
+        if spec.smooth is not None or spec.tune is not None:
+            raise RecipeError(f"{rule.match}: {rule.method} works on whole blocks and cannot be a rule's method.")
 
     def _formats_named(self) -> list[str]:
         return [rule.format for rule in self.layers] + [t for t in [self.embeddings] if isinstance(t, str)]
