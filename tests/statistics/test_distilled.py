@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lowbit.errors import ModelError
-from lowbit.statistics.distilled import distilled_inputs, statistics_loss
+from lowbit.statistics.distilled import distilled_inputs
 
 
 def small_cnn():
@@ -18,9 +18,9 @@ def small_cnn():
 
 @pytest.fixture(scope="module")
 def trained():
-    """A network whose batch norms have seen smooth images of mean 0 and deviation about 1."""
+    """A network whose batch norms have seen blurred noise of mean 0 and deviation 1."""
     net = small_cnn()
-    real = nn.functional.interpolate(torch.randn(256, 3, 5, 5), size=12, mode="bilinear")
+    real = nn.functional.avg_pool2d(torch.randn(256, 3, 14, 14), 3, stride=1)
     real = (real - real.mean()) / real.std()
     for i in range(60):
         net.train()(real[i % 8 * 32 : i % 8 * 32 + 32])
@@ -40,9 +40,6 @@ def test_the_loss_falls_tenfold_and_ranges_are_near_the_real_ones(trained):
     assert torch.equal(x, distilled_inputs(net, (16, 3, 12, 12), steps=150)), "seeded"
 
 
-def test_real_data_is_near_the_minimum_and_networks_without_batch_norm_are_refused(trained):
-    net, real = trained
-    with torch.no_grad():
-        assert float(statistics_loss(net, real)) < float(statistics_loss(net, torch.randn(256, 3, 12, 12)))
+def test_networks_without_batch_norm_are_refused():
     with pytest.raises(ModelError, match="no batch norm"):
         distilled_inputs(nn.Linear(3, 3), (2, 3))

@@ -44,9 +44,10 @@ def distilled_inputs(
             loss = statistics_loss(net, x)
             (x.grad,) = torch.autograd.grad(loss, x)
             optimizer.step()
-            schedule.step(float(loss))
+            value = float(loss.detach())
+            schedule.step(value)
             if progress is not None:
-                progress(step, float(loss))
+                progress(step, value)
     finally:
         net.train(training)
     return x.detach()
