@@ -140,11 +140,11 @@ def best_evaluation(run: dict[str, Any]) -> "dict[str, Any] | None":
 
 def choice_of(run: dict[str, Any]) -> "dict[str, Any] | None":
     """What run.json says about how the formats were chosen; None where nothing was, or where it is damaged."""
-    choice = run.get("choice")
+    choice: Any = run.get("choice")
     try:
-        rows = [choice["expected"], choice["measured"], *choice["frontier"], *choice["uniform"]]  # type: ignore[index]
+        rows = [choice["expected"], choice["measured"], *choice["frontier"], *choice["uniform"]]
         good = all(isinstance(r[k], (int, float)) for r in rows for k in ("bytes", "bits_per_weight", "loss"))
-        return choice if good and choice["words"] and choice["tries"] and "probe_seconds" in choice else None  # type: ignore[index]
+        return choice if good and choice["words"] and choice["tries"] and "probe_seconds" in choice else None
     except (KeyError, TypeError):
         return None
 
