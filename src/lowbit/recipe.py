@@ -115,7 +115,9 @@ class Recipe(BaseModel):
     @property
     def needs_data(self) -> bool:
         """Whether any of its methods does, or its Gram matrices."""
-        return self.gram != "inputs" or any(find(m).needs_data for m in {self.method, *(rule.method or self.method for rule in self.layers)})
+        return self.gram != "inputs" or any(
+            find(m).needs_data for m in {self.method, *(rule.method or self.method for rule in self.layers)}
+        )
 
     def solver_for(self, layer: str) -> "tuple[Spec, dict[str, Any]]":
         """A layer's method and the options it runs with."""
