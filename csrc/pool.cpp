@@ -88,12 +88,13 @@ class Pool {
 
   void loop(int id) {
     uint32_t seen = 0;
-    for (int turns = 0;;) {
+    for (int turns = 0, idle = 0;;) {
       const uint32_t job = job_of(ticket_.load(std::memory_order_acquire));
       if (job != seen) {
         seen = job;
+        idle = 0;
         if (id < helpers_.load(std::memory_order_acquire)) work(job);
-      } else if (hot.load(std::memory_order_relaxed) > 0) {
+      } else if (hot.load(std::memory_order_relaxed) > 0 || idle++ < kSpinsPerYield) {  // waking costs 50 microseconds
         relax(turns);
       } else {
         std::unique_lock<std::mutex> lock(mutex_);

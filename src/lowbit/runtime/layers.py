@@ -193,7 +193,7 @@ class _Packed(nn.Module):
                     "the packed layers are not prepared: call lowbit.runtime.prepare(model) before tracing."
                 )
             return kept
-        source = tuple(getattr(self, key) for key in self._packed)
+        source = tuple(self._buffers[key] for key in self._packed)  # getattr takes a microsecond for each
         if kept is None or not all(a is b for a, b in zip(kept.source, source)):
             qt = self.quantized()
             found = exceptions(qt)
@@ -225,7 +225,7 @@ class _Packed(nn.Module):
         weight, added = prepared.weight, prepared.sparse
         if self._activations == "int8" and prepared.int8:
             int8, added = prepared.int8[part], prepared.sparse_int8
-            y = int8.product(x) if isinstance(int8, Slabs) else ops.linear_int8(x, *int8)
+            y = int8.product(x) if isinstance(int8, Slabs) else ops.run_int8(x, *int8)
         else:
             weight = weight if rows is None else _rows_of(weight, rows)
             y = weight.product(x) if isinstance(weight, Slabs) else ops.linear_float(x, *weight)

@@ -52,6 +52,22 @@ def linear_int8(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return _unflat(kernels.linear_int8(_flat(x), packed, out_features), x)
 
 
+def run_int8(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    """`linear_int8`, without torch's dispatcher where nothing watches it: that would take longer than the product."""
+    watched = (
+        type(x) is not Tensor
+        or x.requires_grad
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    )
+    if watched or x.dtype is not torch.float32 or not x.is_contiguous():
+        return linear_int8(x, packed, out_features)
+    y = kernels.linear_int8(x.view(-1, x.shape[-1]), packed, out_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
 @_operator("Tensor ids, " + _PACKED.format(table="table") + ", int columns")
 def embedding(
     ids: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: Tensor, bits: int, columns: int
