@@ -116,8 +116,10 @@ def test_formats_without_all_codes_are_refused():
             solve(heavy(), None, Format.parse(text))
 
 
-def test_the_compiled_loop_finds_what_the_python_loop_finds(monkeypatch):
+@pytest.mark.parametrize("lift", [64, 3])  # at 3 many a weight strays into the other table, and blocks are done again
+def test_the_compiled_loop_finds_what_the_python_loop_finds(lift, monkeypatch):
     torch.manual_seed(4)
+    monkeypatch.setattr("lowbit.solvers._native.LIFT", lift)
     w, stats, fmt = heavy(), statistics(), Format.parse("kmeans2-g64-shared")
     fast = solve(w, stats, fmt)
     monkeypatch.setattr("lowbit.solvers._split.extension", lambda: None)

@@ -14,6 +14,7 @@ from lowbit.formats import Format, Grid
 from lowbit.formats.levels import thresholds
 
 NONE = torch.empty(0, 0, dtype=torch.float32)
+LIFT = 64  # times the largest level
 
 
 class NativeGrids:
@@ -52,13 +53,15 @@ class NativeGrids:
 
 class NativePair(NativeGrids):
     """Two shared tables as one: the second's levels stand `lift` above the first's, and so do its weights, by their
-    zero. One "group" a column, so that each weight has the scale of its own part. Levels come back to 1e-5.
+    zero. One "group" a column, so that each weight has the scale of its own part. Levels come back to 1e-5. A weight
+    that error feedback has driven half a lift away would take a level of the wrong table: `strayed` says so, and the
+    block must be done again in Python.
 
     scale, other_scale, masked: (in, out) in visiting order; masked where the second table counts
     """
 
     def __init__(self, scale: Tensor, other_scale: Tensor, masked: Tensor, table: Tensor, other_table: Tensor) -> None:
-        lift = 64 * float(torch.cat([table, other_table]).abs().max().clamp(min=1e-30))
+        self.strayed, lift = False, LIFT * float(torch.cat([table, other_table]).abs().max().clamp(min=1e-30))
         self.group_of = torch.arange(len(masked), dtype=torch.int32)
         self.scale = torch.where(masked, other_scale, scale).contiguous()
         self.divisor = torch.where(self.scale > 0, self.scale, 1.0)
@@ -67,11 +70,12 @@ class NativePair(NativeGrids):
         between = torch.tensor([lift / 2])
         self.thresholds = torch.cat([thresholds(table), between, thresholds(other_table) + lift])
         self.real_zero = True
-        self.second = masked.to(torch.uint8) * len(table)
+        self.first, self.second = len(table), masked.to(torch.uint8) * len(table)
 
     def _run(self, columns: Tensor, other: Tensor, moved: Tensor, u: Tensor, codes: Tensor, start: int) -> None:
         super()._run(columns, other, moved, u, codes, start)
         codes.sub_(self.second[start : start + len(columns)])
+        self.strayed = bool((codes >= self.first).any())  # unsigned: too small wraps around to large
 
 
 def knows(fmt: Format) -> bool:

@@ -140,6 +140,24 @@ class SplitHooks(GridHooks):
 
     def group(self, j: int, columns: Tensor) -> None: ...
 
+    def feedback(self, i1: int, i2: int, columns: Tensor, errors: Tensor, u: Tensor) -> bool:
+        before = columns[i1:i2].clone()
+        done = super().feedback(i1, i2, columns, errors, u)
+        return done and not self._strayed((columns[i1:i2], before))
+
+    def descend(self, i1: int, i2: int, columns: Tensor, gradient: Tensor, moved: Tensor, h: Tensor) -> bool:
+        before = columns[i1:i2].clone(), gradient[i1:i2].clone()
+        done = super().descend(i1, i2, columns, gradient, moved, h)
+        return done and not self._strayed((columns[i1:i2], before[0]), (gradient[i1:i2], before[1]))
+
+    def _strayed(self, *changed: tuple[Tensor, Tensor]) -> bool:
+        """Whether the compiled loop has mixed up the tables; what it changed is then as it was."""
+        if not (isinstance(self.native, NativePair) and self.native.strayed):
+            return False
+        for now, before in changed:
+            now.copy_(before)
+        return True
+
     def quantize(self, j: int, column: Tensor) -> Tensor:
         q, dense, mask = super().quantize(j, column), self.codes[j].clone(), self.masked[j]
         grid, fmt = self.other[self.other_of[j]], self.split.other_format
