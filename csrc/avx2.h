@@ -9,9 +9,11 @@
 #if defined(_MSC_VER) && !defined(__clang__)
 #define LOWBIT_AVX2
 #define LOWBIT_AVX2_INLINE static __forceinline
+#define LOWBIT_AVX2_LAMBDA
 #else
 #define LOWBIT_AVX2 __attribute__((target("avx2,fma")))
 #define LOWBIT_AVX2_INLINE static inline __attribute__((target("avx2,fma"), always_inline))
+#define LOWBIT_AVX2_LAMBDA __attribute__((target("avx2,fma"), always_inline))  // [&]() LOWBIT_AVX2_LAMBDA { ... }
 #endif
 
 namespace lowbit {

@@ -194,4 +194,5 @@ NB_MODULE(_kernels, m) {
         "sum"_a.noconvert(), "isa"_a);
   bind_decoder(m);
   bind_sparse(m);
+  bind_binary(m);
 }

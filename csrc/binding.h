@@ -71,4 +71,6 @@ int64_t table_rows(const A& table, const lowbit::Weights& w) {
   return dim(table, 0);
 }
 
+void bind_binary(nb::module_& m);  // binding_binary.cpp
+
 }  // namespace lowbit::binding
