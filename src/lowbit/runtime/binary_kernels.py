@@ -355,34 +355,44 @@ def _run(op: str, kind: str, p: _Problem, isa: str) -> np.ndarray:
 
 
 def _formula(op: str, kind: str, p: _Problem) -> np.ndarray:
-    """What the scalar row must give, without it; the same float32 steps in the same order."""
+    """What the scalar row must give, without it and without torch's threads; the same float32 steps, in order."""
     groups = p.x.shape[1] // p.levels.shape[1]
+    a, levels, g, then = p.inputs.numpy(), p.levels.numpy(), p.geometry, p.then
     if op == "binarize":
-        planes = [p.inputs > 0] if p.low is None else [p.inputs > 0, p.inputs < 0]
-        planes = [t.permute(0, 2, 3, 1).reshape(len(t), *t.shape[2:], groups, 1, -1) for t in planes]
-        return bits(torch.cat(planes, -2)).numpy().reshape(-1)
-    a, levels, g, then = p.inputs.double(), p.levels.double(), p.geometry, p.then
+        planes = [a > 0] if p.low is None else [a > 0, a < 0]
+        planes = [t.transpose(0, 2, 3, 1).reshape(len(a), *a.shape[2:], groups, 1, -1) for t in planes]
+        return bits(torch.from_numpy(np.concatenate(planes, -2))).numpy().reshape(-1)
     if op == "binary_linear":
         a, levels, g, then = a[:, :, :1, :1], levels[:, :, :1, :1], Geometry(), then._replace(residual=None)
-    top, bottom, left, right = g.padding
-    a = torch.nn.functional.pad(a, (left, right, top, bottom), value=float(g.pad))
-    dot = torch.nn.functional.conv2d(a, levels, None, g.stride, 0, g.dilation, groups).float()
-
-    def over(t: "Tensor | None") -> Tensor:
-        assert t is not None
-        return t.reshape(-1, 1, 1)
-
-    y = dot * over(then.scale) + over(then.bias)
-    y = y if then.residual is None else y + then.residual
+    y = _dot(a, levels, g, groups).astype(np.float32) * _over(then.scale) + _over(then.bias)
+    y = y if then.residual is None else y + then.residual.numpy()
     assert then.prelu is not None
-    y = y - over(then.prelu[0])
-    y = torch.where(y > 0, y, y * over(then.prelu[1])) + over(then.prelu[2])
-    flat = y.contiguous().numpy().reshape(-1)
+    y = y - _over(then.prelu[0])
+    y = np.where(y > 0, y, y * _over(then.prelu[1])) + _over(then.prelu[2])
     if then.next_high is None:
-        return flat
-    return np.concatenate(
-        [flat.view(np.int32), bits((y >= over(then.next_high)).permute(0, 2, 3, 1)).numpy().reshape(-1)]
-    )
+        return y.reshape(-1)
+    flags = np.moveaxis(y >= _over(then.next_high), 1, -1)
+    return np.concatenate([y.reshape(-1).view(np.int32), bits(torch.from_numpy(flags)).numpy().reshape(-1)])
+
+
+def _over(t: "Tensor | None") -> np.ndarray:
+    assert t is not None
+    return t.numpy().reshape(-1, 1, 1)
+
+
+def _dot(a: np.ndarray, levels: np.ndarray, g: Geometry, groups: int) -> np.ndarray:
+    """(B, N, H', W') int64: the convolution, tap by tap."""
+    (n, c, kh, kw), (top, bottom, left, right) = levels.shape, g.padding
+    oh, ow = g.out_size(*a.shape[2:], (kh, kw))
+    a = np.pad(a, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=g.pad)
+    a, w = a.reshape(len(a), groups, c, *a.shape[2:]).astype(np.int64), levels.reshape(groups, -1, c, kh, kw)
+    y = np.zeros((len(a), groups, n // groups, oh, ow), np.int64)
+    for i in range(kh):
+        for j in range(kw):
+            rows = slice(i * g.dilation[0], i * g.dilation[0] + (oh - 1) * g.stride[0] + 1, g.stride[0])
+            columns = slice(j * g.dilation[1], j * g.dilation[1] + (ow - 1) * g.stride[1] + 1, g.stride[1])
+            y += np.einsum("bgcyx,gnc->bgnyx", a[..., rows, columns], w[..., i, j], optimize=False)
+    return y.reshape(len(a), n, oh, ow)
 
 
 @cache
