@@ -383,7 +383,7 @@ def _over(t: "Tensor | None") -> np.ndarray:
 def _dot(a: np.ndarray, levels: np.ndarray, g: Geometry, groups: int) -> np.ndarray:
     """(B, N, H', W') int64: the convolution, tap by tap."""
     (n, c, kh, kw), (top, bottom, left, right) = levels.shape, g.padding
-    oh, ow = g.out_size(*a.shape[2:], (kh, kw))
+    oh, ow = g.out_size(a.shape[2], a.shape[3], (kh, kw))
     a = np.pad(a, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=g.pad)
     a, w = a.reshape(len(a), groups, c, *a.shape[2:]).astype(np.int64), levels.reshape(groups, -1, c, kh, kw)
     y = np.zeros((len(a), groups, n // groups, oh, ow), np.int64)

@@ -59,7 +59,7 @@ class Exceptions(NamedTuple):
 class Prepared(NamedTuple):
     """What a layer derives from its buffers. `source` are the buffers it came from: others mean it is stale."""
 
-    source: tuple[Tensor, ...]
+    source: "tuple[Tensor | None, ...]"
     weight: "KernelWeight | Slabs"
     int8: "tuple[Int8Weight | Slabs, ...]"  # made when first asked for; one for each group of a convolution
     exceptions: "Exceptions | None"

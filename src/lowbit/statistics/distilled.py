@@ -67,7 +67,7 @@ def statistics_loss(net: nn.Module, x: Tensor) -> Tensor:
             handle.remove()
     loss = _distance(x, torch.zeros(1), torch.ones(1))
     for m, u in seen:
-        loss = loss + _distance(u, m.running_mean, (m.running_var + EPS).sqrt())  # type: ignore[arg-type, operator]
+        loss = loss + _distance(u, m.running_mean, (m.running_var + EPS) ** 0.5)  # type: ignore[arg-type, operator]
     return loss
 
 
