@@ -222,11 +222,11 @@ def test_no_load_leaves_a_buffer(isa: str) -> None:
 def test_nothing_is_written_outside(isa: str) -> None:
     c = Case("sign_binary", (1, 40, 3, 3, 35, 3, 3, 1, (1, 1), (1, 1, 1, 1), (1, 1), 0))
     plan = bk.Plan(c.weight(isa), c.geometry, bk.Epilogue(torch.ones(35)), c.high, isa=isa)
-    size, words = 9 * 35, 9 * 2
+    size, words, next_high = 9 * 35, 9 * 2, torch.zeros(35)
     for offset in (1, 2, 3):
         y, bits = torch.full((size + 64,), 7.5), torch.full((words + 64,), 77, dtype=torch.int32)
         plan._plan.run(
-            c.x.data_ptr(), (1, 3, 3, 3, 3), (40 * 9, 1, 9), 0, torch.zeros(35).data_ptr(),
+            c.x.data_ptr(), (1, 3, 3, 3, 3), (40 * 9, 1, 9), 0, next_high.data_ptr(),
             y[offset:].data_ptr(), bits[offset:].data_ptr(), 1,
         )  # fmt: skip
         assert (y[:offset] == 7.5).all() and (y[offset + size :] == 7.5).all()
