@@ -100,7 +100,9 @@ void linear_int8_scalar(const Packed& p, const Operand& o, int64_t m0, int64_t m
         if (p.h.has_zero) part = std::fma(-zero, group_sum, part);
         acc = std::fma(part, scale, acc);
       }
-      acc *= *(p.step(n / Packed::kRows) + n % Packed::kRows);
+      float step;  // the packed bytes may start anywhere
+      std::memcpy(&step, p.step(n / Packed::kRows) + n % Packed::kRows, sizeof step);
+      acc *= step;
       y[m * p.h.n + n] = bias ? acc + bias[n] : acc;
     }
   }
