@@ -59,7 +59,7 @@ def weight(levels: Tensor, inputs: str = "sign", groups: int = 1, isa: "str | No
     if n % groups or channels * kh * kw > MAX_PRODUCTS or 0 in w.shape[1:]:
         raise ShapeError(f"a binary weight of shape {tuple(levels.shape)} with groups={groups} cannot be multiplied.")
     w = w.to(torch.int8).permute(0, 2, 3, 1).reshape(n, kh * kw, channels)
-    kind = kind_of(inputs, bool((w == 0).any()) or inputs == "ternary")
+    kind = kind_of(inputs, bool((w == 0).any()))
     planes = [w > 0, w < 0] if "ternary" in KINDS[kind].split("_")[1:] else [w > 0]
     rows = bits(torch.stack(planes, 2))
     layout = _extension().binary_layout(kernels.active_isa() if isa is None else isa)
@@ -84,10 +84,10 @@ def weight(levels: Tensor, inputs: str = "sign", groups: int = 1, isa: "str | No
 
 
 def kind_of(inputs: str, ternary: bool) -> int:
-    """Index into KINDS. Raises KernelError on an unknown kind of input."""
+    """Index into KINDS; ternary inputs take every weight as ternary. Raises KernelError on an unknown kind of input."""
     if inputs not in INPUTS:
         raise KernelError(f"inputs={inputs!r} is unknown. Use one of {', '.join(INPUTS)}.")
-    return KINDS.index(f"{inputs}_{'ternary' if ternary else 'binary'}")
+    return KINDS.index(f"{inputs}_{'ternary' if ternary or inputs == 'ternary' else 'binary'}")
 
 
 def bits(flags: Tensor) -> Tensor:

@@ -231,7 +231,7 @@ class PackedBinaryConv2d(_PackedBinary):
         self.out_channels, self.in_channels, self.kernel_size = shape[0], shape[1] * groups, (shape[2], shape[3])
         self.stride, self.dilation, self.groups, self.padding_mode = _pair(stride), _pair(dilation), groups, "zeros"
         self.padding = padding if isinstance(padding, str) else _pair(padding)
-        self.bias = _empty_bias(bias, self.out_channels, device, torch.float32)
+        self.register_parameter("bias", _empty_bias(bias, self.out_channels, device, torch.float32))
 
     @classmethod
     def from_quantized(
@@ -308,7 +308,7 @@ class PackedBinaryLinear(_PackedBinary):
             raise ShapeError(f"a linear layer's weight has two dimensions, not {shape}. Use PackedBinaryConv2d.")
         super().__init__(meta, inputs, 0, {"high": (shape[1],)} | (extras or {}), device)
         self.out_features, self.in_features = shape
-        self.bias = _empty_bias(bias, self.out_features, device, torch.float32)
+        self.register_parameter("bias", _empty_bias(bias, self.out_features, device, torch.float32))
 
     @classmethod
     def from_quantized(
