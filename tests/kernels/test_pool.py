@@ -14,11 +14,12 @@ def test_many_short_jobs_from_several_callers_give_one_result() -> None:
     p = problem(4, 3, 200, 192, 3)
     want = kernels.linear_float(*p.float_args).numpy()
     wrong: list[int] = []
+    isa = kernels.active_isa()
 
     def caller() -> None:
         for i in range(300):
             y = torch.full((3, 200), float("nan"))
-            kernels._extension().linear_float(*(a.numpy() for a in p.float_args[:5]), p.bits, y.numpy(), 4, "")
+            kernels._extension().linear_float(*(a.numpy() for a in p.float_args[:5]), p.bits, y.numpy(), 4, isa)
             if not np.array_equal(y.numpy(), want):
                 wrong.append(i)
 
