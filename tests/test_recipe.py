@@ -99,6 +99,12 @@ def test_what_is_not_understood_is_refused(fields: dict[str, Any], said: str) ->
         Recipe(**fields)
 
 
+def test_sweeps_can_be_left_out() -> None:
+    assert Recipe(options={"sweeps": 0}).solver_options["sweeps"] == 0
+    with pytest.raises(RecipeError, match="whole number of at least 0"):
+        Recipe(options={"sweeps": -1})
+
+
 def test_a_format_that_is_not_understood_is_refused_wherever_it_stands() -> None:
     for fields in ({"format": "uint44-g16"}, {"layers": [{"match": "*", "format": "uint44-g16"}]}):
         with pytest.raises(FormatError, match="uint4"):

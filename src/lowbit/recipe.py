@@ -28,6 +28,8 @@ from lowbit.errors import RecipeError, near_names
 from lowbit.formats import Format
 from lowbit.solvers import Spec, find, table
 
+MAY_BE_NONE = ("sweeps",)  # counted options of solvers that can be left out altogether
+
 
 class LayerRule(BaseModel):
     """One exception to the recipe's format (and method, if it names one): layers whose full name matches."""
@@ -85,10 +87,12 @@ class Recipe(BaseModel):
             if name not in spec.options:
                 known = list(spec.options) or ["(none)"]
                 raise RecipeError(f"method {spec.name!r} has no option {name!r}. {near_names(name, known)}")
-            if not _like(value, spec.options[name]):
-                wanted = {bool: "true or false", int: "a whole number of at least 1", float: "a number of at least 0"}
+            least = 0 if name in MAY_BE_NONE else 1
+            if not _like(value, spec.options[name], least):
+                wanted = {bool: "true or false", int: f"a whole number of at least {least}"}
                 raise RecipeError(
-                    f"option {name}={value!r} of {spec.name!r} should be {wanted[type(spec.options[name])]}, "
+                    f"option {name}={value!r} of {spec.name!r} should be "
+                    f"{wanted.get(type(spec.options[name]), 'a number of at least 0')}, "
                     f"e.g. {spec.options[name]}."
                 )
 
@@ -179,12 +183,12 @@ class Recipe(BaseModel):
         return cls(**(fields | given))
 
 
-def _like(value: Any, default: Any) -> bool:
+def _like(value: Any, default: Any, least: int) -> bool:
     """Whether an option's value is of its default's kind: bool, a count, or a finite number that is not negative."""
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(default, bool) and isinstance(value, bool)
     if isinstance(default, int):
-        return isinstance(value, int) and value >= 1
+        return isinstance(value, int) and value >= least
     return isinstance(value, (int, float)) and 0 <= value < float("inf")
 
 
