@@ -108,7 +108,6 @@ def test_the_command_saves_and_compares(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("everything",), "there is no bench 'everything'"),
         (("decode",), "needs a compressed model"),
         (("kernels", "--shape", "12"), "is not a shape"),
         (("kernels", "--buffers", "cold"), "Use rotating or resident"),
@@ -120,6 +119,11 @@ def test_the_command_saves_and_compares(tmp_path: Path) -> None:
 def test_messages(words: "tuple[str, ...]", says: str) -> None:
     done = run(*words)
     assert done.exit_code == 1 and says in done.stderr
+
+
+def test_an_unknown_bench_is_a_command_typed_wrongly() -> None:
+    done = run("everything")
+    assert done.exit_code == 2 and "No such command" in done.stderr
 
 
 def test_onnx_runtime_computes_the_same_product() -> None:

@@ -1,23 +1,27 @@
 """Compare ways to train at 1 to 4 bits: one network, one protocol, many methods, several seeds.
 
-    python -m lowbit.bench.methods --data cifar10/ --out methods/                       the small CPU protocol
-    python -m lowbit.bench.methods --data cifar10/ --out methods/ --protocol resnet20 --device cuda --workers 8
+    lowbit bench methods --data cifar10/ --out methods/ --seeds 3                       the small CPU protocol
+    lowbit bench methods --data cifar10/ --out methods/ --protocol resnet20 --device cuda --bf16 --workers 12
 
-Type the same command again to go on where it stopped: finished rows are kept, unfinished ones have checkpoints (an
-`--minutes` limit writes them too). `--smoke` runs 30 steps of every row, `--probe` measures images per second,
-`--pack` packs the finished networks and compares each with what was trained.
+Type the same command again to go on where it stopped: finished rows are kept, unfinished ones have checkpoints (a
+`--minutes` limit writes them too). `--smoke` runs 30 steps of every row, `--probe` measures images per second, `--cost`
+times steps beside fp32's, `--pack` packs the finished networks and compares each with what was trained.
+`python -m lowbit.bench.methods` is the same with less around it, for machines that have torch and little else.
 """
 
 import argparse
 import json
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lowbit.bench.method_cost import measure_costs
+from lowbit.bench.method_table import cells, table
 from lowbit.bench.pool import Job, Setting, Slot, Templates, read_rows, run_pool
 from lowbit.bench.rows import PROTOCOLS, ROWS, Protocol, Row
 from lowbit.errors import LowbitError, RecipeError, near_names
@@ -25,48 +29,89 @@ from lowbit.train.device_images import DeviceImages
 from lowbit.train.images import read_images
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is asked for. changes: other values of the protocol's fields, None for its own."""
+
+    data: str
+    out: Path
+    protocol: str = "small"
+    rows: str = ""
+    seeds: int = 1
+    workers: int = 1
+    device: str = "cpu"
+    minutes: float = float("inf")
+    bf16: bool = False
+    compile: bool = False
+    graphs: bool = True
+    curve: int = 10
+    smoke: bool = False
+    probe: bool = False
+    pack: bool = False
+    cost: int = 0
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+CHANGES = ("epochs", "batch", "lr", "train_images", "test_images", "depth", "width")
+Say = Callable[[str], object]
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
 def main(arguments: "list[str] | None" = None) -> int:
     """Entry point; returns the exit code: 0 all rows done, 3 time was up, 1 an error in one sentence."""
-    args = _parser().parse_args(arguments)
     try:
-        return _run(args)
+        return run(_request(arguments), say)
     except LowbitError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
 
 
-def _run(args: argparse.Namespace) -> int:
+def run(request: Request, say: Say) -> int:
+    """Do what is asked; 0 where all of it is done, 1 where a row failed its check, 3 where time was up.
+
+    Raises RecipeError for unknown rows, protocols and devices, DataError for missing data, ArtifactError where the
+    folder holds checkpoints of another protocol.
+    """
     began = time.perf_counter()
-    rows = select(args.rows)
-    protocol = _protocol(args)
-    device = torch.device(args.device)
+    rows, protocol = select(request.rows), protocol_of(request)
+    device = torch.device(request.device)
     _set_up(device)
-    train, test = read_images(args.data)
+    train, test = read_images(request.data)
     data = DeviceImages(train.first(protocol.train_images), test.first(protocol.test_images), device)
     say(f"{len(data.y)} training and {len(data.y_test)} test images, {time.perf_counter() - began:.1f} s to read")
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    setting = Setting(protocol, data, device, dtype, args.out, args.compile, not args.no_graphs, args.curve)
-    jobs = [Job(row, seed) for seed in range(args.seeds) for row in rows]
-    if args.smoke or args.probe:
-        failed = smoke(setting, jobs, args.workers) if args.smoke else 0
-        for compiled in {False, args.compile} if args.probe else ():
-            probe(setting._replace(compile=compiled), rows)
+    dtype = torch.bfloat16 if request.bf16 else torch.float32
+    setting = Setting(protocol, data, device, dtype, request.out, request.compile, request.graphs, request.curve)
+    jobs = [Job(row, seed) for seed in range(request.seeds) for row in rows]
+    if request.smoke or request.probe:
+        failed = smoke(setting, jobs, request.workers, say) if request.smoke else 0
+        for compiled in {False, request.compile} if request.probe else ():
+            probe(setting._replace(compile=compiled), rows, say)
         return failed
-    if args.pack:
-        return pack_all(setting, jobs)
+    if request.cost:
+        measure_costs(setting, rows, request.cost, say)
+        return 0
+    if request.pack:
+        return pack_all(setting, jobs, say)
+    return _train(setting, jobs, request, began, say)
+
+
+def _train(setting: Setting, jobs: list[Job], request: Request, began: float, say: Say) -> int:
+    protocol = setting.protocol
     done = {
-        (r["row"], r["seed"]) for r in read_rows(args.out) if r["status"] == "done" and r["protocol"] == vars(protocol)
+        (r["row"], r["seed"])
+        for r in read_rows(request.out)
+        if r["status"] == "done" and r["protocol"] == vars(protocol)
     }
     jobs = [job for job in jobs if (job.row.name, job.seed) not in done]
-    jobs.sort(key=lambda job: not (args.out / "checkpoints" / f"{job.name}.safetensors").is_file())
+    jobs.sort(key=lambda job: not (request.out / "checkpoints" / f"{job.name}.safetensors").is_file())
     say(f"{len(jobs)} networks to train, {len(done)} done before; {protocol}")
-    whole = run_pool(jobs, setting, args.workers, began + 60 * args.minutes, say)
-    show(read_rows(args.out))
+    whole = run_pool(jobs, setting, request.workers, began + 60 * request.minutes, say)
+    for row in table(request.out, protocol):
+        say("  ".join(f"{c:>8}" if i else f"{c:<24}" for i, c in enumerate(cells(row)[:6])).rstrip())
     return 0 if whole else 3
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def select(names: str) -> list[Row]:
@@ -81,11 +126,12 @@ def select(names: str) -> list[Row]:
     return chosen
 
 
-def _protocol(args: argparse.Namespace) -> Protocol:
-    if args.protocol not in PROTOCOLS:
-        raise RecipeError(f"unknown protocol {args.protocol!r}. {near_names(args.protocol, tuple(PROTOCOLS))}")
-    fields = ("epochs", "batch", "lr", "train_images", "test_images", "depth", "width")
-    return replace(PROTOCOLS[args.protocol], **{k: v for k in fields if (v := getattr(args, k)) is not None})
+def protocol_of(request: Request) -> Protocol:
+    """The named protocol with the request's changes. Raises RecipeError for an unknown name."""
+    name = request.protocol
+    if name not in PROTOCOLS:
+        raise RecipeError(f"unknown protocol {name!r}. {near_names(name, tuple(PROTOCOLS))}")
+    return replace(PROTOCOLS[name], **{k: v for k, v in request.changes.items() if v is not None})
 
 
 def _set_up(device: torch.device) -> None:
@@ -97,7 +143,7 @@ def _set_up(device: torch.device) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def smoke(setting: Setting, jobs: list[Job], workers: int) -> int:
+def smoke(setting: Setting, jobs: list[Job], workers: int, say: Say) -> int:
     """30 steps of every row; says which fail. Writes into <out>/smoke."""
     steps = min(30, len(setting.data.y) // setting.protocol.batch)
     y = setting.data.y
@@ -116,7 +162,7 @@ def smoke(setting: Setting, jobs: list[Job], workers: int) -> int:
     return 1 if failed else 0
 
 
-def pack_all(setting: Setting, jobs: list[Job]) -> int:
+def pack_all(setting: Setting, jobs: list[Job], say: Say) -> int:
     """Pack every finished network and evaluate it: `<out>/packed.jsonl`. 1 if one differs from the trained network."""
     from lowbit.bench.packing import measure
 
@@ -138,7 +184,7 @@ def pack_all(setting: Setting, jobs: list[Job]) -> int:
     return int(worst < 0.999)
 
 
-def probe(setting: Setting, rows: list[Row]) -> None:
+def probe(setting: Setting, rows: list[Row], say: Say) -> None:
     """Images per second of several networks side by side."""
     say("torch.compile:" if setting.compile else "as it stands:")
     for k in (1, 4, 8, 16) if setting.device.type == "cuda" else (1,):
@@ -173,16 +219,10 @@ def rate(slots: list[Slot], seconds: float) -> int:
     return steps
 
 
-def show(rows: list[dict]) -> None:
-    """Mean and spread over seeds, one line a row."""
-    names = list(dict.fromkeys(r["row"] for r in rows))
-    for name in names:
-        found = [r for r in rows if r["row"] == name]
-        right = torch.tensor([100 * r["accuracy"] for r in found if r["status"] == "done"])
-        failed = f"  {len(found) - len(right)} failed" if len(right) < len(found) else ""
-        spread = f" +- {right.std():.2f}" if len(right) > 1 else ""
-        mean = f"{right.mean():.2f}{spread} ({len(right)} seeds)" if len(right) else "failed"
-        say(f"{name:<24} {mean}{failed}")
+def _request(arguments: "list[str] | None") -> Request:
+    given = vars(_parser().parse_args(arguments))
+    given["graphs"] = not given.pop("no_graphs")
+    return Request(changes={k: given.pop(k) for k in CHANGES}, **given)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,6 +243,7 @@ def _parser() -> argparse.ArgumentParser:
         p.add_argument(f"--{name}", type=int)
     p.add_argument("--lr", type=float)
     p.add_argument("--smoke", action="store_true", help="30 steps of every row")
+    p.add_argument("--cost", type=int, default=0, metavar="STEPS", help="time so many steps of each row beside fp32's")
     p.add_argument("--pack", action="store_true", help="pack and evaluate what is finished")
     p.add_argument("--probe", action="store_true", help="measure images per second")
     return p

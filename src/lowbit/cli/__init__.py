@@ -1,7 +1,8 @@
 """The command line. One file a command; the folder is the table.
 
 A command file has a docstring (its first line is the short help), `ORDER` (its place in the list) and `run`, a typer
-function. Nothing here imports torch or transformers before a command needs it, so that `lowbit --help` answers at once.
+function, or `COMMANDS`, several by name. Nothing here imports torch or transformers before a command needs it, so that
+`lowbit --help` answers at once.
 """
 
 from importlib import import_module
@@ -40,8 +41,19 @@ def build() -> typer.Typer:
     cli.callback()(start)
     for name, module in sorted(commands().items(), key=lambda item: item[1].ORDER):
         text = module.__doc__.strip()
-        cli.command(name, help=text, short_help=text.splitlines()[0])(guarded(module.run))
+        if hasattr(module, "COMMANDS"):
+            cli.add_typer(_group(module.COMMANDS), name=name, help=text, short_help=text.splitlines()[0])
+        else:
+            cli.command(name, help=text, short_help=text.splitlines()[0])(guarded(module.run))
     return cli
+
+
+def _group(functions: dict[str, Any]) -> typer.Typer:
+    """Commands under one name, `lowbit NAME COMMAND`."""
+    group = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+    for name, run in functions.items():
+        group.command(name)(guarded(run))
+    return group
 
 
 def commands() -> dict[str, Any]:

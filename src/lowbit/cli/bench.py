@@ -1,10 +1,8 @@
-"""Time the kernels or a model's generation beside what else one could use, all in one run.
+"""Time the kernels or a model's generation beside what else one could use; compare ways to train.
 
-    lowbit bench kernels --threads 1 --threads 2 --shape 1x2048x2048
-    lowbit bench decode --model out --gguf model.gguf
-
-Medians over repeats; candidates take turns. ONNX Runtime and llama.cpp join in where they are installed:
-pip install "lowbit[bench]". --save keeps the rows, --against says what moved since.
+lowbit bench kernels --threads 1 --threads 2 --shape 1x2048x2048
+lowbit bench decode --model out --gguf model.gguf
+lowbit bench methods --data cifar10/ --out methods/ --seeds 3
 """
 
 import json
@@ -13,60 +11,79 @@ from typing import Annotated, Any
 
 import typer
 
+from lowbit.cli._bench_methods import methods
 from lowbit.cli._shell import Json, Shell, jsonable, shell
 
 ORDER = 85
-WHAT = ("kernels", "decode")
+
+Threads = Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; torch's number if left out.")]
+Activations = Annotated[list[str] | None, typer.Option(help="int8 or float; both if left out.")]
+Save = Annotated[Path | None, typer.Option(help="Write the rows to this file, a later --against.")]
+Against = Annotated[Path | None, typer.Option(help="Rows of an earlier run: say what moved.")]
 
 
-def run(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="kernels or decode.")],
+def kernels(
     shape: Annotated[
-        list[str] | None, typer.Option(help="kernels: tokens x inputs x outputs, as 1x2048x2048. Repeatable.")
+        list[str] | None, typer.Option(help="Tokens x inputs x outputs, as 1x2048x2048. Repeatable.")
     ] = None,
-    fmt: Annotated[
-        list[str] | None, typer.Option("--format", help="kernels: a level set, as uint4. Repeatable.")
-    ] = None,
-    group: Annotated[int, typer.Option(help="kernels: weights that share a scale; -1 for a row.")] = 128,
-    threads: Annotated[list[int] | None, typer.Option(min=1, help="Repeatable; torch's number if left out.")] = None,
+    fmt: Annotated[list[str] | None, typer.Option("--format", help="A level set, as uint4. Repeatable.")] = None,
+    group: Annotated[int, typer.Option(help="Weights that share a scale; -1 for a row.")] = 128,
+    threads: Threads = None,
     buffers: Annotated[
-        list[str] | None,
-        typer.Option(help="kernels: rotating (from memory) or resident (from the caches). Repeatable."),
+        list[str] | None, typer.Option(help="rotating (from memory) or resident (from the caches). Repeatable.")
     ] = None,
-    activations: Annotated[list[str] | None, typer.Option(help="int8 or float; both if left out.")] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="kernels: spent on each figure.")] = 0.3,
-    model: Annotated[Path | None, typer.Option(help="decode: a compressed folder.")] = None,
-    float_model: Annotated[str | None, typer.Option(help="decode: its float model, run by transformers.")] = None,
-    gguf: Annotated[list[Path] | None, typer.Option(help="decode: files for llama.cpp. Repeatable.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=8, help="decode: length of the prompt.")] = 256,
-    max_tokens: Annotated[int, typer.Option(min=4, help="decode: tokens of the answer.")] = 64,
-    kv_bits: Annotated[list[int] | None, typer.Option(help="decode: 32 or 8. Repeatable.")] = None,
-    no_module: Annotated[bool, typer.Option("--no-module", help="decode: leave out the model's own forward.")] = False,
-    save: Annotated[Path | None, typer.Option(help="Write the rows to this file, a later --against.")] = None,
-    against: Annotated[Path | None, typer.Option(help="Rows of an earlier run: say what moved.")] = None,
+    activations: Activations = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Spent on each figure.")] = 0.3,
+    save: Save = None,
+    against: Against = None,
     as_json: Json = False,
 ) -> None:
-    from lowbit.errors import RecipeError
+    """Time products of packed weights beside torch and ONNX Runtime.
 
-    sh = shell()
-    if what not in WHAT:
-        raise RecipeError(f"there is no bench {what!r}. Use one of {', '.join(WHAT)}.")
-    counts = threads or [_torch_threads()]
-    ways = _ways(activations)
-    with sh.progress(what) as step:
-        if what == "kernels":
-            found = _kernels(sh, shape, fmt, group, counts, buffers, ways, seconds, step)
-        else:
-            found = _decode(
-                sh, model, float_model, gguf, counts, prompt_tokens, max_tokens, kv_bits, ways, no_module, step
-            )
-    _show(sh, what, found)
+    Medians over repeats; candidates take turns. ONNX Runtime joins in where it is installed: pip install
+    "lowbit[bench]". --save keeps the rows, --against says what moved since.
+    """
+    sh, ways = shell(), _ways(activations)
+    with sh.progress("kernels") as step:
+        found = _kernels(sh, shape, fmt, group, threads or [_torch_threads()], buffers, ways, seconds, step)
+    _finish(sh, found, save, against)
+
+
+def decode(
+    model: Annotated[Path | None, typer.Option(help="A compressed folder.")] = None,
+    float_model: Annotated[str | None, typer.Option(help="Its float model, run by transformers.")] = None,
+    gguf: Annotated[list[Path] | None, typer.Option(help="Files for llama.cpp. Repeatable.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=8, help="Length of the prompt.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=4, help="Tokens of the answer.")] = 64,
+    kv_bits: Annotated[list[int] | None, typer.Option(help="32 or 8. Repeatable.")] = None,
+    no_module: Annotated[bool, typer.Option("--no-module", help="Leave out the model's own forward.")] = False,
+    threads: Threads = None,
+    activations: Activations = None,
+    save: Save = None,
+    against: Against = None,
+    as_json: Json = False,
+) -> None:
+    """Time a compressed model's prompt and answer beside its float model and llama.cpp.
+
+    Medians over repeats; candidates take turns. llama.cpp joins in where it is installed: pip install "lowbit[bench]".
+    --save keeps the rows, --against says what moved since.
+    """
+    sh, ways, counts = shell(), _ways(activations), threads or [_torch_threads()]
+    with sh.progress("decode") as step:
+        found = _decode(sh, model, float_model, gguf, counts, prompt_tokens, max_tokens, kv_bits, ways, no_module, step)
+    _finish(sh, found, save, against)
+
+
+COMMANDS = {"kernels": kernels, "decode": decode, "methods": methods}
+
+
+def _finish(sh: Shell, found: dict[str, Any], save: "Path | None", against: "Path | None") -> None:
+    _show(sh, found["what"], found)
     if against is not None:
         found["moved"] = _moved(sh, found["rows"], against)
     if save is not None:
-        save.write_text(
-            json.dumps(jsonable({k: found[k] for k in ("cpu", "machine", "rows")}), indent=1) + "\n", "utf-8"
-        )
+        kept = jsonable({k: found[k] for k in ("cpu", "machine", "rows")})
+        save.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
     sh.result(found)
 
 
@@ -87,14 +104,14 @@ def _ways(activations: "list[str] | None") -> list[str]:
 
 def _kernels(sh: Shell, shape: Any, fmt: Any, group: int, counts: list[int], buffers: Any, ways: list[str],
              seconds: float, step: Any) -> dict[str, Any]:  # fmt: skip
-    from lowbit.bench import kernels
+    from lowbit.bench.kernels import BUFFERS, FORMATS, SHAPES, Shape, bench_kernels
     from lowbit.errors import RecipeError
 
-    shapes = [kernels.Shape.parse(s) for s in shape] if shape else kernels.SHAPES
-    kinds = buffers or list(kernels.BUFFERS)
-    if wrong := [b for b in kinds if b not in kernels.BUFFERS]:
-        raise RecipeError(f"--buffers {wrong[0]} is unknown. Use {' or '.join(kernels.BUFFERS)}.")
-    found = kernels.bench_kernels(shapes, fmt or kernels.FORMATS, counts, group, kinds, ways, seconds, progress=step)
+    shapes = [Shape.parse(s) for s in shape] if shape else SHAPES
+    kinds = buffers or list(BUFFERS)
+    if wrong := [b for b in kinds if b not in BUFFERS]:
+        raise RecipeError(f"--buffers {wrong[0]} is unknown. Use {' or '.join(BUFFERS)}.")
+    found = bench_kernels(shapes, fmt or FORMATS, counts, group, kinds, ways, seconds, progress=step)
     return {"what": "kernels", "cpu": _cpu(), "moved": None, **found}
 
 

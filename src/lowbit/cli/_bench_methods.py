@@ -1,0 +1,74 @@
+"""`lowbit bench methods`: the options, what a person reads, the report."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lowbit.cli._shell import Json, Shell, shell
+
+
+def methods(
+    data: Annotated[str, typer.Option(help="Folder of Parquet files, hub name, or a file of lowbit.train.images.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results, weights, checkpoints, report.html.")],
+    protocol: Annotated[str, typer.Option(help="small (for a CPU) or resnet20.")] = "small",
+    rows: Annotated[str, typer.Option(help="Comma-separated names, a trailing * allowed; all if left out.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each row.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Networks side by side; more than 1 is for GPUs.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    minutes: Annotated[float, typer.Option(min=0.0, help="Stop then, with checkpoints; 0 for no limit.")] = 0.0,
+    epochs: Annotated[int | None, typer.Option(min=1)] = None,
+    batch: Annotated[int | None, typer.Option(min=1)] = None,
+    lr: Annotated[float | None, typer.Option(min=0.0)] = None,
+    depth: Annotated[int | None, typer.Option(min=8, help="Layers of the residual network: 8, 14, 20, ...")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels of its first stage.")] = None,
+    train_images: Annotated[int | None, typer.Option(min=0, help="Use only so many; 0 for all.")] = None,
+    test_images: Annotated[int | None, typer.Option(min=0, help="Use only so many; 0 for all.")] = None,
+    curve: Annotated[int, typer.Option(min=1, help="Test accuracy every so many epochs.")] = 10,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Convolutions in bfloat16.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
+    no_graphs: Annotated[bool, typer.Option("--no-graphs", help="GPU: launch kernels one by one.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="30 steps of every row, to see that they run.")] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure images per second.")] = False,
+    cost: Annotated[int, typer.Option(min=0, metavar="STEPS", help="Time so many steps of each row and of fp32.")] = 0,
+    pack: Annotated[bool, typer.Option("--pack", help="Pack what is finished, count bits, compare.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare ways to train at 1 to 4 bits: one network, one protocol, many methods, several seeds.
+
+        lowbit bench methods --data cifar10/ -o methods/ --seeds 3            hours on a CPU; type it again to go on
+        lowbit bench methods --data cifar10/ -o methods/ --cost 10            time of a step over fp32's
+        lowbit bench methods --data cifar10/ -o methods/ --seeds 3 --pack     bits counted, packed against trained
+
+    A row that fails is a failed row with its reason; the others go on. The table is printed and written to
+    OUT/report.html. Exit code 0 when all is done, 1 after a failed check, 3 when --minutes ran out.
+    """
+    from lowbit.bench.methods import Request, run
+
+    sh = shell()
+    sh.hint_on_interrupt = "Type the same command again to go on."
+    changes = {"epochs": epochs, "batch": batch, "lr": lr, "depth": depth, "width": width,
+               "train_images": train_images, "test_images": test_images}  # fmt: skip
+    request = Request(
+        data, out, protocol, rows, seeds, workers, device, minutes or float("inf"), bf16, compiled, not no_graphs,
+        curve, smoke, probe, pack, cost, changes,
+    )  # fmt: skip
+    code = run(request, sh.say)
+    if not (smoke or probe):
+        _show(sh, request, code)
+    if code:
+        raise typer.Exit(code)
+
+
+def _show(sh: Shell, request: Any, code: int) -> None:
+    from lowbit.bench.method_table import COLUMNS, cells, table
+    from lowbit.bench.methods import protocol_of
+    from lowbit.report.methods_page import write_methods_report
+
+    protocol = protocol_of(request)
+    found = table(request.out, protocol)
+    result: dict[str, Any] = {"what": "methods", "protocol": vars(protocol), "rows": found, "whole": code == 0}
+    result |= {"out": str(request.out), "report": str(write_methods_report(request.out, vars(protocol), found))}
+    sh.table(COLUMNS, [cells(r) for r in found])
+    sh.say(f"Report: {result['report']}")
+    sh.result(result)
