@@ -7,7 +7,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,14 @@ from lowbit.estimators import Scheduled
 NAME = "input_function"
 
 
+class OneBit(NamedTuple):
+    """What a packed layer of bits is told: x_hat = gain where x >= threshold, else -gain ("sign") or 0 ("unit")."""
+
+    inputs: str
+    threshold: "Tensor | float"  # (channels,), or one for all
+    gain: float = 1.0
+
+
 class InputFunction(Scheduled):
     """Base of the input functions: forward(x) -> x_hat of the same shape and dtype.
 
@@ -25,6 +33,10 @@ class InputFunction(Scheduled):
     """
 
     axis: int = -1
+
+    def one_bit(self) -> "OneBit | None":
+        """This function as a comparison, if it is one: the same levels for every x, ties included."""
+        return None
 
     def per_channel(self, parameter: Tensor, x: Tensor) -> Tensor:
         """A parameter (channels,) or () shaped to broadcast against x."""

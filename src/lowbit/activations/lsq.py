@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.activations._function import InputFunction, InputSpec, broadcast_from_first
+from lowbit.activations._function import InputFunction, InputSpec, OneBit, broadcast_from_first
 from lowbit.errors import RecipeError
 from lowbit.estimators import estimator as find_estimator
 from lowbit.estimators import scaled
@@ -66,6 +66,14 @@ class LearnedScale(InputFunction):
 
     def _first(self, x: Tensor, lsq: Tensor) -> Tensor:
         return lsq
+
+    def one_bit(self) -> "OneBit | None":
+        if self.bits > 1 or not bool(self.started):
+            return None
+        s = self.scale.detach().float().clamp(min=TINY)
+        if self.signed:
+            return OneBit("sign", 0.0, float(s))
+        return OneBit("unit", torch.nextafter(s / 2, s), float(s))  # x / s rounds to even: the tie 1/2 is level 0
 
 
 def build(channels: int, axis: int, **options: Any) -> LearnedScale:

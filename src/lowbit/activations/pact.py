@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.activations._function import InputFunction, InputSpec
+from lowbit.activations._function import InputFunction, InputSpec, OneBit
 from lowbit.errors import RecipeError
 from lowbit.estimators import scaled
 
@@ -35,6 +35,12 @@ class Pact(InputFunction):
             inside = ((share >= 0) & (share <= 1)).to(x.dtype)
             above = (share > 1).to(x.dtype)
         return scaled(x, alpha, level, inside, above)
+
+    def one_bit(self) -> "OneBit | None":
+        if self.bits > 1:
+            return None
+        alpha = self.alpha.detach().float().clamp(min=1e-5)
+        return OneBit("unit", torch.nextafter(alpha / 2, alpha), float(alpha))  # the tie 1/2 rounds to level 0
 
 
 def build(channels: int, axis: int, **options: Any) -> Pact:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.activations._function import InputFunction, InputSpec
+from lowbit.activations._function import InputFunction, InputSpec, OneBit
 from lowbit.estimators import estimator as find_estimator
 from lowbit.estimators import through
 from lowbit.formats import levels
@@ -39,6 +39,11 @@ class Sign(InputFunction):
             level = torch.where(at > -TINY, 1.0, -1.0)
             slope = self.estimator.slope(z.detach(), self.t)
         return through(z, level, slope)
+
+    def one_bit(self) -> "OneBit | None":
+        if self.estimator.periodic:
+            return None
+        return OneBit("sign", 0.0 if self.shift is None else -self.shift.detach())
 
 
 def build(channels: int, axis: int, **options: Any) -> Sign:

@@ -10,7 +10,9 @@ from lowbit.bench.rows import Protocol, Row
 from lowbit.bench.trainee import new_network
 from lowbit.formats import Format, Grid, QuantizedTensor
 from lowbit.runtime import swap
+from lowbit.runtime.fold import fold_norms
 from lowbit.train.device_images import DeviceImages
+from lowbit.train.networks import SignActivation
 from lowbit.training import summary
 
 
@@ -55,15 +57,21 @@ def float_network(row: Row, protocol: Protocol, tensors: dict[str, Tensor]) -> n
 
 
 def packed_network(row: Row, protocol: Protocol, tensors: dict[str, Tensor], fmt: Format) -> nn.Module:
-    """The same network with packed convolutions."""
+    """The same network with packed convolutions; behind a sign they are bits times bits, batch-norms folded in."""
     net = float_network(row, protocol, tensors)
     for name in _layers(tensors):
         levels, scale = tensors[f"{name}.levels"], tensors[f"{name}.scale"].reshape(-1, 1)
         codes = torch.searchsorted(fmt.levels.table(), levels.flatten(1).float()).to(torch.uint8)
         qt = QuantizedTensor.from_codes(codes, Grid(scale), fmt, tuple(levels.shape))
         owner, _, leaf = name.rpartition(".")
-        old = net.get_submodule(name)
-        setattr(net.get_submodule(owner), leaf, swap.pack_layer(old, qt, "conv2d", "float", swap.conv_options(old)))
+        unit, old = net.get_submodule(owner), net.get_submodule(name)
+        sign = getattr(unit, "sign", None)
+        if isinstance(sign, SignActivation) and swap.fits_binary(old, qt):
+            setattr(unit, leaf, swap.pack_binary(old, qt, "sign", 0.0 if sign.shift is None else -sign.shift.detach()))
+            unit.sign = nn.Identity()
+        else:
+            setattr(unit, leaf, swap.pack_layer(old, qt, "conv2d", "float", swap.conv_options(old)))
+    fold_norms(net)
     return net
 
 

@@ -73,15 +73,21 @@ def save(
         stored = quantized.tensors()
         owner = owners.setdefault(tuple(t.data_ptr() for t in stored.values() if t.numel()), name)
         if owner != name:
+            if isinstance(module, swap.BINARY_LAYERS):
+                raise ArtifactError(
+                    f"{name!r} shares the 1-bit weights of {owner!r}: pack a copy of the layer instead."
+                )
             tied[name] = owner
             continue
-        kind = kinds.get(name) or _own_kind(module)
+        kind = _own_kind(module) if isinstance(module, swap.BINARY_LAYERS) else kinds.get(name, _own_kind(module))
         layers[name] = {
             "type": kind,
             "meta": quantized.meta(),
             "bias": getattr(module, "bias", None) is not None,
         } | dict((notes or {}).get(name, {}))
-        if kind == "conv2d":
+        if kind in swap.BINARY:
+            layers[name]["binary"] = module.describe()
+        if kind.endswith("conv2d"):
             layers[name]["conv"] = swap.conv_options(module)
         tensors |= {f"{name}.{k}": t for k, t in stored.items()}
     return write_artifact(
@@ -94,7 +100,7 @@ def save(
         recipe=recipe,
         seed=seed,
         source=source,
-        activations=next((m.activations for m in packed.values() if not isinstance(m, swap.PackedEmbedding)), "float"),
+        activations=next((m.activations for m in packed.values() if isinstance(m, swap.ROUNDING)), "float"),
         tokenizer=tokenizer,
         generation_config=getattr(model, "generation_config", None),
         force=force,
@@ -124,6 +130,7 @@ def load(
     activations = activations or config["quantization_config"]["activations"]
     model = _architecture(folder, manifest, config, model)
     swap.check_layers(model, manifest)
+    swap.place_binary(model, manifest)
     tensors = {name: t.to(device) for name, t in _checked_tensors(folder, manifest, verify)}
     _check_plain(model, manifest, tensors)
     fill(model, manifest, tensors, activations)
@@ -212,6 +219,7 @@ def _check_plain(model: nn.Module, manifest: dict[str, Any], tensors: dict[str, 
     """Every weight and buffer of the architecture is packed or has exactly its plain tensor."""
     values: Any = model.state_dict(keep_vars=True)
     packed = {f"{name}.weight" for name in (*manifest["layers"], *manifest["tied"])}
+    packed |= {f"{name}.{key}" for name, row in manifest["layers"].items() for key in row["tensors"]}
     strange = sorted(manifest["plain"].keys() - (values.keys() - packed))
     if strange:
         raise ArtifactError(f"tensor {strange[0]!r} has no place in {type(model).__name__}; {swap.ELSEWHERE}.")

@@ -29,7 +29,7 @@ from lowbit.runtime.strict_json import canonical_json
 
 SLACK = 1 << 20  # room for what is not known beforehand, beside the tensors: JSON, tokenizer, directory entries
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-LAYER_KEYS = ("type", "meta", "bias", "conv")
+LAYER_KEYS = ("type", "meta", "bias", "conv", "binary")
 LAYER_NOTES = ("error", "sensitivity", "error_rtn")
 # where a model lay and how transformers ran it, not what it is
 LOCAL_KEYS = (

@@ -48,22 +48,41 @@ class _PackedBinary(_Packed):
     stride: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
 
-    def __init__(self, meta: dict[str, Any], inputs: str, pad: int, extras: "dict[str, tuple[int, ...]]", device: Any):
+    def __init__(
+        self,
+        meta: dict[str, Any],
+        channels: int,
+        inputs: str,
+        pad: int,
+        extras: "dict[str, tuple[int, ...]] | None",
+        device: Any,
+    ):
         super().__init__(meta, device)
         bk.kind_of(inputs, False)
         if pad not in (-1, 0, 1) or (pad and inputs != "sign"):
             raise FormatError(f"pad={pad} is no level of inputs={inputs!r}. Use 0, or -1 or 1 for signs.")
         self.inputs, self.pad = inputs, pad
+        self.folded: tuple[str, ...] = ()  # names of the modules whose work this layer does as well
         self._sources = (*self._packed, *EXTRAS)
+        shapes = {"high": (channels,)} if extras is None else extras
         for key in EXTRAS:
-            shape = extras.get(key)
+            shape = shapes.get(key)
             self.register_buffer(key, None if shape is None else torch.empty(shape, device=device))
         self.high: Tensor
+        if self._buffers["high"] is None:  # thresholds that are all 0 are not stored
+            self.register_buffer("high", torch.zeros(channels, device=_real(device)), persistent=False)
         self._bits: PreparedBits | None = None
 
     def _set_extras(self, extras: "dict[str, Tensor | None]") -> None:
         for key, t in extras.items():
             self._buffers[key] = None if t is None else t.detach().float().contiguous()
+        persistent = bool(self.high.any()) or self._buffers["low"] is not None
+        self.register_buffer("high", self.high, persistent)
+
+    def fill(self, qt: QuantizedTensor) -> None:
+        """Take the tensors of a quantized tensor of the same meta."""
+        self._buffers.update(qt.tensors())
+        self._forget()
 
     def fold(self, norm: nn.Module) -> Any:
         """Take over a batch-norm that follows, into gain and bias (of its running statistics); returns this layer.
@@ -80,19 +99,36 @@ class _PackedBinary(_Packed):
         bias = 0 if self.bias is None else self.bias.detach().double()
         bias = (bias - mean.detach().double()) * gain
         bias = bias if norm_.bias is None else bias + norm_.bias.detach().double()
-        before = self._buffers["gain"]
-        self._buffers["gain"] = (gain if before is None else gain * before.double()).float()
+        self._multiply(gain)
         self.bias = nn.Parameter(bias.float(), requires_grad=False)
         self._forget()
         return self
 
+    def _multiply(self, factor: Tensor) -> None:
+        """Row n times factor (N,): its size goes into the scale, kept as float32, and its sign into the levels."""
+        table, scale = self._levels()
+        gain = self._buffers["gain"]
+        factor = factor if gain is None else factor * gain.double()
+        flip = torch.where(factor < 0, -1.0, 1.0).reshape(-1, *[1] * (table.ndim - 1))
+        qt = quantized_levels((table * flip).reshape(self.shape), (scale * factor.abs()).float())
+        for key in self._packed:
+            del self._buffers[key]
+        self.meta = qt.meta()
+        for key, t in qt.tensors().items():
+            self.register_buffer(key, t)
+        self._buffers["gain"] = None
+        self._packed = tuple(qt.tensors())
+        self._sources = (*self._packed, *EXTRAS)
+
     def extras(self) -> dict[str, Tensor]:
-        """The tensors beside those of the weight and the bias."""
-        return {key: t for key in EXTRAS if (t := self._buffers[key]) is not None}
+        """The stored tensors beside those of the weight and the bias."""
+        kept = [key for key in EXTRAS if key not in self._non_persistent_buffers_set]
+        return {key: t for key in kept if (t := self._buffers[key]) is not None}
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says beside the weight's meta."""
-        return {"inputs": self.inputs, "pad": self.pad, "extras": {k: list(t.shape) for k, t in self.extras().items()}}
+        shapes = {key: list(t.shape) for key, t in self.extras().items()}
+        return {"inputs": self.inputs, "pad": self.pad, "extras": shapes, "folded": list(self.folded)}
 
     def _levels(self) -> tuple[Tensor, Tensor]:
         """(levels (N, C/groups, kh, kw) int8, scale (N,) float32)."""
@@ -134,6 +170,9 @@ class _PackedBinary(_Packed):
     def prepare(self) -> Any:
         return self._ready()
 
+    def _kept(self) -> tuple[str, ...]:
+        return self._sources
+
     def _forget(self) -> None:
         super()._forget()
         self._bits = None
@@ -144,7 +183,7 @@ class _PackedBinary(_Packed):
     def _run(self, x: Tensor, residual: "Tensor | None", next_high: "Tensor | None", want_y: bool) -> Any:
         """x: (B, C, H, W) floats, or bits. Returns y, or (y, bits) with next_high."""
         ready = self._ready()
-        if x.requires_grad and torch.is_grad_enabled():
+        if self.training and x.requires_grad and torch.is_grad_enabled():  # in eval mode y is simply a constant
             raise KernelError(binary_ops.NO_GRADIENT)
         if type(x) is Tensor and not torch.compiler.is_compiling():  # without the way through the dispatcher
             y, bits = ready.plan.run(x, residual, next_high, want_y)
@@ -182,7 +221,7 @@ class _PackedBinary(_Packed):
         return y
 
     def _sizes(self) -> str:
-        return f"{'x'.join(map(str, self.shape))}, inputs={self.inputs}"
+        return f"{'x'.join(map(str, self.shape))}, inputs={self.inputs}" + (f", pad={self.pad}" if self.pad else "")
 
 
 def quantized_levels(w: Tensor, scale: "Tensor | None" = None) -> QuantizedTensor:
@@ -191,7 +230,7 @@ def quantized_levels(w: Tensor, scale: "Tensor | None" = None) -> QuantizedTenso
     Without a scale, a row of w may be its levels times any number. Raises FormatError for anything else.
     """
     flat = w.detach().float().reshape(len(w), -1)
-    given = flat.abs().amax(1) if scale is None else torch.ones(len(w))
+    given = flat.abs().amax(1) if scale is None else torch.ones(len(w), device=w.device)
     given = torch.where(given > 0, given, 1.0)
     codes = flat / given[:, None]
     if not bool(((codes == 0) | (codes.abs() == 1)).all()):
@@ -227,7 +266,7 @@ class PackedBinaryConv2d(_PackedBinary):
                 f"a weight of shape {shape} with groups={groups} and padding_mode={padding_mode!r} is no binary "
                 "convolution; padding is zeros (or the level `pad`)."
             )
-        super().__init__(meta, inputs, pad, {"high": (shape[1] * groups,)} | (extras or {}), device)
+        super().__init__(meta, shape[1] * groups, inputs, pad, extras, device)
         self.out_channels, self.in_channels, self.kernel_size = shape[0], shape[1] * groups, (shape[2], shape[3])
         self.stride, self.dilation, self.groups, self.padding_mode = _pair(stride), _pair(dilation), groups, "zeros"
         self.padding = padding if isinstance(padding, str) else _pair(padding)
@@ -306,7 +345,7 @@ class PackedBinaryLinear(_PackedBinary):
         shape = tuple(meta["shape"])
         if len(shape) != 2:
             raise ShapeError(f"a linear layer's weight has two dimensions, not {shape}. Use PackedBinaryConv2d.")
-        super().__init__(meta, inputs, 0, {"high": (shape[1],)} | (extras or {}), device)
+        super().__init__(meta, shape[1], inputs, 0, extras, device)
         self.out_features, self.in_features = shape
         self.register_parameter("bias", _empty_bias(bias, self.out_features, device, torch.float32))
 
@@ -342,6 +381,11 @@ class PackedBinaryLinear(_PackedBinary):
         added = None if residual is None else _float32(residual).reshape(-1, self.out_features, 1, 1)
         y = self._run(images, added, None, True) if x.device.type == "cpu" else self.reference(images, added)
         return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+
+
+def _real(device: Any) -> Any:
+    """Where a tensor lies that is computed, not loaded."""
+    return "cpu" if device is not None and torch.device(device).type == "meta" else device
 
 
 def _float32(x: Tensor) -> Tensor:

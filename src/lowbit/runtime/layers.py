@@ -240,12 +240,16 @@ class _Packed(nn.Module):
         sparse_linear(x.detach().reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), added)
         return y
 
+    def _kept(self) -> tuple[str, ...]:
+        """Names of the buffers that no cast changes."""
+        return self._packed
+
     def _forget(self) -> None:
         self._prepared = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Packed":
         """Moves follow; casts do not: `.half()` or `.to(dtype)` on a model must not round what the artifact stores."""
-        packed = {key: self._buffers.pop(key) for key in self._packed}
+        packed = {key: self._buffers.pop(key) for key in self._kept() if self._buffers[key] is not None}
         try:
             super()._apply(fn, recurse)
             for key, t in packed.items():

@@ -3,7 +3,7 @@
     {"format_version": 1, "lowbit_version", "checksum", "kind": "transformers" | "module", "auto_class",
      "recipe", "seed", "versions", "source",
      "layers": {module: {"type", "meta", "bias", "bytes", "bits_per_weight", "error", "sensitivity", "error_rtn",
-                         "tensors": {key: {"bytes", "sha256"}}, "conv"?}},
+                         "tensors": {key: {"bytes", "sha256"}}, "conv"?, "binary"?}},
      "tied":   {module: the module whose packed tensors it shares},
      "plain":  {tensor: {"shape", "dtype", "bytes", "sha256"}},
      "summary": {"bits_per_weight", "bits_per_weight_file", "bytes", "weights", "float_bytes"},
@@ -33,7 +33,7 @@ FORMAT_VERSION = 1
 NAME = "lowbit.json"
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-TYPES = ("linear", "embedding", "conv1d", "conv2d")
+TYPES = ("linear", "embedding", "conv1d", "conv2d", "binary_linear", "binary_conv2d")
 KINDS = ("transformers", "module")
 UNCHECKED = (NAME, "run.json", "report.html")  # not listed under "files"
 CONV_KEYS = ("stride", "padding", "dilation", "groups", "padding_mode")
@@ -45,6 +45,7 @@ _TOP = {
     "plain": dict, "summary": dict, "files": dict,
 }  # fmt: skip
 _LAYER = {"type": str, "meta": dict, "bias": bool, "bytes": int, "bits_per_weight": (int, float), "tensors": dict}
+_BINARY = {"inputs": str, "pad": int, "extras": dict, "folded": list}
 _STORED = {"bytes": int, "sha256": str}
 _PLAIN = _STORED | {"shape": list, "dtype": str}
 
@@ -90,7 +91,7 @@ def dump_manifest(manifest: dict[str, Any]) -> bytes:
 
 def quantization_config(manifest: dict[str, Any], activations: str = "float") -> dict[str, Any]:
     """What config.json says about the layers, for transformers and as a second witness."""
-    keys = ("type", "meta", "bias", "conv")
+    keys = ("type", "meta", "bias", "conv", "binary")
     layers = {name: {k: row[k] for k in keys if k in row} for name, row in manifest["layers"].items()}
     return {
         "quant_method": "lowbit",
@@ -220,7 +221,7 @@ def _check_layer(name: str, row: Any) -> None:
         raise ArtifactError(f"{where}: {e}") from e
     shape = row["meta"]["shape"]
     _need(
-        all(type(s) is int for s in shape) and len(shape) == (4 if row["type"] == "conv2d" else 2),
+        all(type(s) is int for s in shape) and len(shape) == (4 if row["type"].endswith("conv2d") else 2),
         f"{where} has the impossible shape {shape}",
     )
     _need(set(specs) == set(row["tensors"]), f"{where} lists tensors its format does not have")
@@ -236,8 +237,25 @@ def _check_layer(name: str, row: Any) -> None:
         _need(
             value is None or (type(value) in (int, float) and math.isfinite(value)), f"{where}: {key} is not a number"
         )
-    if row["type"] == "conv2d":
+    if row["type"].startswith("binary"):
+        _check_binary(where, row)
+    if row["type"].endswith("conv2d"):
         _fields(row.get("conv"), dict.fromkeys(CONV_KEYS, (int, list, str)), f"{where}, conv")
+
+
+def _check_binary(where: str, row: dict[str, Any]) -> None:
+    _fields(row.get("binary"), _BINARY, f"{where}, binary")
+    extras, folded = row["binary"]["extras"], row["binary"]["folded"]
+    sizes = [s for shape in extras.values() if isinstance(shape, list) for s in shape]
+    _need(
+        set(extras) <= {"high", "low", "gain", "prelu"}
+        and all(isinstance(shape, list) and len(shape) in (1, 2) for shape in extras.values())
+        and all(type(s) is int and 0 < s < 2**31 for s in sizes),
+        f"{where} has impossible extras",
+    )
+    for name in folded:
+        _need(isinstance(name, str), f"{where} has folded {str(name)[:40]!r}")
+        _check_name(name)
 
 
 def _check_plain(name: str, row: Any) -> None:

@@ -1,6 +1,6 @@
 """Packed layers in the place of float ones: which module may become which, checked before anything is changed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -8,12 +8,19 @@ from torch import Tensor, nn
 
 from lowbit.errors import ArtifactError, LowbitError
 from lowbit.formats import QuantizedTensor, tensor_specs
-from lowbit.runtime.layers import PackedConv2d, PackedEmbedding, PackedLinear
+from lowbit.runtime.binary_layers import PackedBinaryConv2d, PackedBinaryLinear
+from lowbit.runtime.layers import PackedConv2d, PackedEmbedding, PackedLinear, _Packed
 
-PACKED_KINDS = {"linear": PackedLinear, "embedding": PackedEmbedding, "conv2d": PackedConv2d}
+BINARY: dict[str, Any] = {"binary_linear": PackedBinaryLinear, "binary_conv2d": PackedBinaryConv2d}
+BINARY_LAYERS = (PackedBinaryLinear, PackedBinaryConv2d)
+PACKED_KINDS: dict[str, type[_Packed]] = {
+    "linear": PackedLinear, "embedding": PackedEmbedding, "conv2d": PackedConv2d, **BINARY
+}  # fmt: skip
 PACKED = tuple(PACKED_KINDS.values())
 FLOAT = {"linear": nn.Linear, "embedding": nn.Embedding, "conv2d": nn.Conv2d}
+ROUNDING = (PackedLinear, PackedConv2d)  # whose inputs may be rounded to int8
 INPUT_FUNCTION = "input_function"  # as lowbit.activations attaches it
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 CONV_KEYS = ("stride", "padding", "dilation", "groups", "padding_mode")
 ELSEWHERE = "check that the architecture is the one that was compressed, or re-run lowbit compress"
 
@@ -48,6 +55,32 @@ def pack_layer(
     return new
 
 
+def pack_binary(
+    old: Any, qt: QuantizedTensor, inputs: str, threshold: "Tensor | float" = 0.0, gain: float = 1.0
+) -> nn.Module:
+    """The packed layer for a float one whose weights and inputs are bits: see `binary_layers`."""
+    kind = f"binary_{kind_of(old)}"
+    conv = conv_options(old) if kind == "binary_conv2d" else {}
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in conv.items()}
+    rows = None if gain == 1 else torch.full((qt.shape[0],), gain)
+    bias = None if old.bias is None else old.bias.detach()
+    layer = BINARY[kind].from_quantized(qt, bias, inputs=inputs, threshold=threshold, gain=rows, **options)
+    return layer.to(old.weight.device)
+
+
+def fits_binary(module: nn.Module, qt: QuantizedTensor) -> bool:
+    """May the module be a layer of bits? That takes 1-bit or ternary levels, one scale a row, and zero padding."""
+    out, in_ = qt.matrix_shape
+    return (
+        kind_of(module) in ("linear", "conv2d")
+        and len(qt.parts) == 1
+        and qt.format.levels.name in ("binary", "ternary")
+        and qt.format.blocks.size(out, in_)[1] == in_
+        and getattr(module, "padding_mode", "zeros") == "zeros"
+        and in_ > 0
+    )
+
+
 def kind_of(module: nn.Module) -> "str | None":
     """ "linear", "embedding", "conv2d", transformers' "conv1d"; None where a packed layer would compute otherwise."""
     if isinstance(module, Awaiting):
@@ -63,6 +96,12 @@ def check_layers(model: nn.Module, manifest: dict[str, Any]) -> None:
     """Raise ArtifactError unless every layer and tie of the manifest finds a float module of its type and sizes."""
     for name, row in manifest["layers"].items():
         _check_one(_module(model, name), name, row)
+        for folded in row.get("binary", {}).get("folded", ()):
+            if not isinstance(_module(model, folded), NORMS):
+                raise ArtifactError(
+                    f"{folded!r} is a {type(_module(model, folded)).__name__} here, but was packed as the batch-norm "
+                    f"after {name!r}; {ELSEWHERE}."
+                )
     for alias, owner in manifest["tied"].items():
         module = _module(model, alias)
         kind = kind_of(module)
@@ -75,8 +114,8 @@ def check_layers(model: nn.Module, manifest: dict[str, Any]) -> None:
 
 
 def _check_one(module: nn.Module, name: str, row: dict[str, Any]) -> None:
-    found = kind_of(module)
-    if found != row["type"]:
+    found, binary = kind_of(module), row["type"] in BINARY
+    if found != row["type"].removeprefix("binary_"):
         raise ArtifactError(
             f"layer {name!r} is a {type(module).__name__} here, but was packed as {row['type']}; {ELSEWHERE}."
         )
@@ -86,7 +125,7 @@ def _check_one(module: nn.Module, name: str, row: dict[str, Any]) -> None:
         raise ArtifactError(
             f"layer {name!r} has a weight of {shape} here, but {row['meta']['shape']} was packed; {ELSEWHERE}."
         )
-    if (getattr(module, "bias", None) is not None) != row["bias"]:
+    if not binary and (getattr(module, "bias", None) is not None) != row["bias"]:
         raise ArtifactError(
             f"layer {name!r} {'lacks the' if row['bias'] else 'has a'} bias here, unlike what was packed; {ELSEWHERE}."
         )
@@ -101,9 +140,38 @@ def conv_options(conv: Any) -> dict[str, Any]:
     return {k: list(v) if isinstance(v := getattr(conv, k), tuple) else v for k in CONV_KEYS}
 
 
-def reserve(model: nn.Module, manifest: dict[str, Any]) -> None:
-    """Put an `Awaiting` in the place of every layer (checked before)."""
+def place_binary(model: nn.Module, manifest: dict[str, Any]) -> None:
+    """Put an empty packed layer in the place of every layer of bits (checked before), nothing in that of its norms."""
     for name, row in manifest["layers"].items():
+        if row["type"] not in BINARY:
+            continue
+        told = row["binary"]
+        conv = {k: tuple(v) if isinstance(v, list) else v for k, v in row.get("conv", {}).items()}
+        extras = {k: tuple(v) for k, v in told["extras"].items()}
+        try:
+            options = {"inputs": told["inputs"], "pad": told["pad"], "extras": extras, **conv}
+            new = BINARY[row["type"]](row["meta"], row["bias"], device="meta", **options)
+        except LowbitError as e:
+            raise ArtifactError(f"layer {name!r}: {e} Copy the folder again, or pack the network again.") from e
+        _set_module(model, name, new)
+        set_folded(model, new, told["folded"])
+
+
+def set_folded(model: nn.Module, layer: Any, names: "Iterable[str]") -> None:
+    """From now on `layer` does the work of the modules `names`."""
+    layer.folded = (*layer.folded, *names)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._modules[leaf] = nn.Identity()
+
+
+def reserve(model: nn.Module, manifest: dict[str, Any]) -> None:
+    """Put an `Awaiting` in the place of every layer (checked before). Raises ArtifactError on layers of bits."""
+    for name, row in manifest["layers"].items():
+        if row["type"] in BINARY:
+            raise ArtifactError(
+                f"layer {name!r} has 1-bit inputs, which from_pretrained cannot place: use lowbit.load."
+            )
         _set_module(model, name, Awaiting(_module(model, name), tensor_specs(row["meta"])))
     for alias in manifest["tied"]:
         _set_module(model, alias, Awaiting(_module(model, alias), {}))
@@ -126,6 +194,9 @@ def install(
             packed[name] = QuantizedTensor.from_tensors(row["meta"], tensors_of(name))
         except LowbitError as e:
             raise ArtifactError(f"layer {name!r}: {e} Copy the folder again, or re-run lowbit compress.") from e
+        if row["type"] in BINARY:
+            _module(model, name).fill(packed[name])  # type: ignore[operator]
+            continue
         _set_module(
             model, name, pack_layer(_module(model, name), packed[name], row["type"], activations, row.get("conv"))
         )
@@ -152,7 +223,9 @@ def _set_module(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
     old = model.get_submodule(name)
     new.train(old.training)
-    if INPUT_FUNCTION in old._modules:  # what rounds the layer's input, and the hook that calls it, stay
+    if INPUT_FUNCTION in old._modules and not isinstance(
+        new, BINARY_LAYERS
+    ):  # what rounds the layer's input, and the hook that calls it, stay
         new.add_module(INPUT_FUNCTION, old._modules[INPUT_FUNCTION])
         new._forward_pre_hooks.update(old._forward_pre_hooks)
     model.get_submodule(parent)._modules[leaf] = new
