@@ -20,13 +20,14 @@ from torch import Tensor
 
 from lowbit.errors import DataError
 from lowbit.evaluate import perplexity
-from lowbit.formats import Format, quantize
+from lowbit.formats import Format, QuantizedTensor, quantize
 from lowbit.pipeline.blocks import layer_matrix, linear_layers
 from lowbit.pipeline.checkpoint import FolderStore, MemoryStore
 from lowbit.pipeline.goals import Goals, choose, embedding_menu, menu
 from lowbit.pipeline.probe import FLOAT, Prober
 from lowbit.pipeline.stream import Progress, Walk
 from lowbit.recipe import Recipe
+from lowbit.solvers import find
 from lowbit.sources import ModelSource
 
 PROBE_WINDOWS, FIT_WINDOWS = 4, 8
@@ -73,7 +74,7 @@ def compress_to(
     """
     walk = Walk(source, FLOAT, MemoryStore(), None, say)
     shapes = [tuple(layer_matrix(m).shape) for m in linear_layers(walk.blocks[0]).values()]
-    options = menu([w for _, w in shapes], method, group)
+    options = menu([w for _, w in shapes], method, group, fast=goals.latency is not None)
     embedding = walk._embedding()
     width = layer_matrix(walk.model.get_submodule(embedding)).shape[1] if embedding else 0
     ends = embedding_menu(width, base if fixed_ends else None)
@@ -195,23 +196,33 @@ def seconds_a_token(model: Any, ids: Tensor, tokens: int = 16, before: int = 32)
 def _latencies(
     walk: Walk, found: dict[str, Any], store: FolderStore, say: Progress
 ) -> tuple[dict[tuple[int, int, str], float], float]:
-    """((out, in, format) -> seconds of its product with one token, seconds of everything else a token needs)."""
+    """((out, in, label) -> seconds of its product with one token, seconds of everything else a token needs)."""
     if not store.has("latency"):
         say({"event": "note", "text": "Timing the kernels on this machine."})
         rows = [*found["layers"].values(), *found["ends"].values()]
-        wanted = sorted({(*r["shape"], la.rpartition(" ")[2]) for r in rows for la in r["loss"]})
+        wanted = sorted({(*r["shape"], la) for r in rows for la in r["loss"]})
         times = [[*key, _kernel_seconds(*key)] for key in wanted]
         store.put("latency", {"none": torch.zeros(1)}, {"times": times, "rest": _rest_seconds(walk)})
     kept = store.entries("latency")
     return {(o, i, f): t for o, i, f, t in kept["times"]}, kept["rest"]
 
 
-def _kernel_seconds(out: int, in_: int, fmt: str) -> float:
+def _kernel_seconds(out: int, in_: int, label: str) -> float:
     """One token through one packed layer: the median of several calls."""
     from lowbit.runtime.layers import PackedLinear
 
-    layer = PackedLinear.from_quantized(quantize(torch.randn(out, in_), Format.parse(fmt).with_(**_quick(fmt))), None)
+    layer = PackedLinear.from_quantized(_stand_in(torch.randn(out, in_), label), None)
     return _median_seconds(lambda: layer(torch.ones(1, in_)))
+
+
+def _stand_in(w: Tensor, label: str) -> QuantizedTensor:
+    """Any weight in an option's format, with exceptions where the method makes them."""
+    method, _, text = label.rpartition(" ")
+    fmt = Format.parse(text).with_(**_quick(text))
+    if method == "icquant":
+        spec = find(method)
+        return spec.solve(w, None, fmt, **spec.options).quantized()
+    return quantize(w, fmt)
 
 
 def _quick(fmt: str) -> dict[str, str]:

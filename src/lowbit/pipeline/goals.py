@@ -22,7 +22,10 @@ from lowbit.errors import BudgetError, RecipeError
 from lowbit.pipeline.probe import Option
 from lowbit.recipe import LayerRule, Recipe
 
-METHODS = ("gptq",)  # what the menu offers where no method is asked for
+WIDTHS = {"icquant": (2, 3, 4), "gptq": (4, 5, 6, 8)}  # the menu where no method is asked for: what nothing dominates
+PLAIN = {"gptq": (2, 3)}  # without exceptions: for a latency, or rows so short that what ICQuant keeps of each tells
+NARROW = 256
+PROBED = (2, 3, 4)
 GROUPS = (64, 128, 32)
 HEADER_BYTES = 110  # of a safetensors header, for each tensor
 EMBEDDINGS = (("int8", 1), ("uint6", 1), ("uint5", 1), ("uint4", 2), ("uint4", 1), ("uint3", 1))  # and finer groups
@@ -87,23 +90,37 @@ class Chosen:
         return {"expected": self.expected, "frontier": self.frontier, "uniform": self.uniform}
 
 
-def menu(widths: Sequence[int], method: "str | None" = None, group: "int | None" = None) -> list[Option]:
-    """Options to probe for layers with these input widths. method, group: only that one.
+def menu(
+    widths: Sequence[int], method: "str | None" = None, group: "int | None" = None, fast: bool = False
+) -> list[Option]:
+    """Options to probe for layers with these input widths.
 
+    method, group: only that one; fast: speed counts too
     Widths of 5 to 8 bits are not probed: their error is the 4-bit one's times (15 / (2^b - 1))^2.
     Raises RecipeError for a method whose formats have no width.
     """
+    wanted = {method: (2, 3, 4, 5, 6, 8)} if method else WIDTHS
+    options = [o for name, bits in wanted.items() for o in _options(name, bits, widths, group, bool(method))]
+    if (fast or min(widths) < NARROW) and not method:
+        options += [o for name, bits in PLAIN.items() for o in _options(name, bits, widths, group, False)]
+    return options
+
+
+def _options(
+    name: str, bits: Sequence[int], widths: Sequence[int], group: "int | None", every_group: bool
+) -> list[Option]:
+    spec = solvers.find(name)
+    if "{bits}" not in spec.format or spec.widths:
+        raise RecipeError(f"{name} has one format only: leave out --method, or the goal.")
+    groups = [group] if group else [spec.group] if spec.group == -1 else _groups(widths)
     options = []
-    for name in [method] if method else METHODS:
-        spec = solvers.find(name)
-        if "{bits}" not in spec.format:
-            raise RecipeError(f"{name} has one format only: leave out --method, or the goal.")
-        for g in [group] if group else _groups(widths):
-            four = Option(name, str(spec.default_format(4, g)))
-            options += [Option(name, str(spec.default_format(b, g))) for b in (2, 3)] + [four]
-            for b in (5, 6, 8) if g == (group or _groups(widths)[0]) else ():
-                factor = (15 / (2**b - 1)) ** 2
-                options.append(Option(name, str(spec.default_format(b, g)), four.label, factor))
+    for g in groups if every_group else groups[:1]:
+        options += [Option(name, str(spec.default_format(b, g))) for b in bits if b in PROBED]
+        four = str(spec.default_format(4, g))
+        for b in bits if g == groups[0] else ():
+            if b not in PROBED:
+                like = Option(name, four).label
+                options.append(Option(name, str(spec.default_format(b, g)), like, (15 / (2**b - 1)) ** 2))
     return options
 
 
@@ -129,7 +146,8 @@ def problem_of(
 ) -> Problem:
     """The allocation problem of a probe: the blocks' layers first, then the ends. No limits yet.
 
-    labels: "method format" for layers, formats for the ends; seconds: (out, in, format) -> time for one token
+    labels: "method format" for layers, formats for the ends; seconds: (out, in, label) -> time for one token
+    Bytes are counted; where they depend on the weights (exceptions) they are those of the probe's sample, scaled up.
     """
     rows = [*probe["layers"].items(), *probe["ends"].items()]
     columns = {k: np.full((len(rows), len(labels)), np.inf) for k in ("loss", "bytes", "bits", "weights", "seconds")}
@@ -137,13 +155,13 @@ def problem_of(
     for i, (_, row) in enumerate(rows):
         shape = tuple(row["shape"])
         for label, loss in row["loss"].items():
-            o, fmt = labels.index(label), label.rpartition(" ")[2]
-            stored = storage_bytes(shape, fmt)
+            o = labels.index(label)
+            stored = row.get("bytes", {}).get(label) or storage_bytes(shape, label.rpartition(" ")[2])
             columns["loss"][i, o] = loss
             columns["bytes"][i, o] = stored + 3 * HEADER_BYTES
             columns["bits"][i, o] = 8 * stored if i < inner else 0
             columns["weights"][i, o] = prod(shape)
-            columns["seconds"][i, o] = seconds[(*shape, fmt)] if seconds else 0
+            columns["seconds"][i, o] = seconds[(*shape, label)] if seconds else 0
     groups = np.minimum(np.arange(len(rows)), inner)  # embedding and head have one format between them
     return Problem(tuple(n for n, _ in rows), tuple(labels), columns, groups=groups)
 

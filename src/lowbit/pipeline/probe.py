@@ -16,6 +16,7 @@ borders (at most 4 * tokens * width * blocks bytes). Cost: about three passes ov
 samples.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowbit.allocate import storage_bytes
 from lowbit.errors import ModelError, ShapeError
 from lowbit.evaluate._model import logits_of, token_nll
 from lowbit.formats import Format
@@ -33,7 +35,7 @@ from lowbit.pipeline.embeddings import quantize_rows
 from lowbit.pipeline.memory import release_memory
 from lowbit.pipeline.stream import Walk
 from lowbit.recipe import Recipe
-from lowbit.solvers import find
+from lowbit.solvers import Solution, find
 from lowbit.statistics import GramAccumulator, LayerStatistics
 
 ROWS = 48  # of each layer's rows, how many the solvers are tried on
@@ -206,7 +208,7 @@ class Prober:
     @torch.no_grad()
     def _layers(self, sums: "_Sums") -> dict[str, Any]:
         """Losses of every layer of a block in every option."""
-        found: dict[str, Any] = {n: {"shape": list(sums.matrix(n).shape), "loss": {}} for n in sums.names}
+        found: dict[str, Any] = {n: {"shape": list(sums.matrix(n).shape), "loss": {}, "bytes": {}} for n in sums.names}
         for group, statistics in sums.groups():
             rows = {n: _spread(len(sums.matrix(n)), ROWS) for n in group}
             w = torch.cat([sums.matrix(n)[rows[n]] for n in group]).contiguous()
@@ -214,15 +216,22 @@ class Prober:
                 if option.like:
                     continue
                 try:
-                    w_hat = _tried(w, statistics, option)
+                    solution = _tried(w, statistics, option)
                 except ShapeError:
                     continue
-                for n, d in zip(group, (w_hat - w).split([len(rows[n]) for n in group])):
+                counts, start = [len(rows[n]) for n in group], 0
+                for n, d in zip(group, (solution.w_hat() - w).split(counts)):
                     found[n]["loss"][option.label] = sums.loss(n, d, rows[n])
+                    if solution.exceptions:
+                        part = solution.rows(start, start + len(d))
+                        found[n]["bytes"][option.label] = _scaled_bytes(part, found[n]["shape"][0])
+                    start += len(d)
         for row in found.values():
             for o in self.options:
                 if o.like and o.like in row["loss"]:
                     row["loss"][o.label] = row["loss"][o.like] * o.factor
+                if o.like and o.like in row["bytes"]:
+                    row["bytes"][o.label] = row["bytes"][o.like] + _wider(o, row["shape"])
         return found
 
     @torch.no_grad()
@@ -335,9 +344,28 @@ class _Sums:
         return float((f[rows] * each).sum()) / sampled / (2 * self.tokens) if total > 0 else 0.0
 
 
-def _tried(w: Tensor, statistics: LayerStatistics, option: Option) -> Tensor:
+def _tried(w: Tensor, statistics: LayerStatistics, option: Option) -> Solution:
     spec = find(option.method)
-    return spec.solve(w, statistics, Format.parse(option.format), **spec.options).w_hat()
+    return spec.solve(w, statistics, Format.parse(option.format), **spec.options)
+
+
+def _wider(o: Option, shape: list[int]) -> int:
+    """Bytes that an option's codes and tables take more than those of the option whose loss it borrows."""
+    new, old = Format.parse(o.format), Format.parse(o.like.rpartition(" ")[2])
+    second_table = 2 * (2**new.levels.bits - 2**old.levels.bits)  # that of the exceptions
+    return storage_bytes(tuple(shape), new) - storage_bytes(tuple(shape), old) + second_table
+
+
+def _scaled_bytes(sample: Solution, out: int) -> int:
+    """Bytes of a layer of `out` rows from some of its rows: tables that rows share once, all else in proportion; a
+    hundredth more for masks, whose size depends on the weights.
+    """
+    total = 0.0
+    for key, t in sample.quantized().tensors().items():
+        size = t.numel() * t.element_size()
+        shared = t.ndim == 1 and key.endswith("table")
+        total += size if shared else size * out / len(sample.codes) * (1.01 if "mask" in key else 1.0)
+    return math.ceil(total)
 
 
 def _spread(n: int, count: int) -> Tensor:
