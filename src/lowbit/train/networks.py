@@ -184,7 +184,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.act(self.bn(self.stem(x))))
-        return self.head(x.mean((2, 3)).to(self.head.weight.dtype))
+        return self.head(x.mean((2, 3)).to(self.head.bias.dtype))
 
 
 def resnet(**options: Any) -> ResNet:
