@@ -27,7 +27,7 @@ from lowbit.pipeline.stream import Walk
 from lowbit.recipe import Recipe
 from lowbit.runtime import swap
 from lowbit.runtime.artifact import auto_class_of, load, refuse_existing, save, write_artifact
-from lowbit.sources import check_tokenizer, open_model, read_text, set_tensor, token_windows
+from lowbit.sources import check_tokenizer, foreign_note, open_model, read_text, set_tensor, token_windows
 from lowbit.sources.module import ModuleSource
 from lowbit.training import bits_per_weight, pack, penalty, prepare, step, summary
 
@@ -150,8 +150,8 @@ def compress_model(
     ids, notes, text = None, [], ""
     if plan.data:
         text = read_text(plan.data)
-        found = token_windows(text, words, plan.windows, plan.context, plan.seed)
-        ids, notes = found.ids, [found.note] if found.note else []
+        found = token_windows(text, words, plan.windows, plan.context, plan.seed, shorten=context is None)
+        ids, notes = found.ids, [note for note in (found.note, foreign_note(text, found.tokens_total)) if note]
         _check_ids(ids, source.config)
     job = _Job(source, words, ids, say, max_ram, began, notes)
     if not goals:
@@ -250,6 +250,7 @@ class _Job:
                 "peak_memory_bytes": peak_memory_bytes(),
                 "machine": machine(),
                 "threads": torch.get_num_threads(),
+                "calibration": _trouble(layers, plan),
             }
             manifest = write_artifact(
                 out,
@@ -273,6 +274,16 @@ class _Job:
             )
             store.discard()
         return manifest, run
+
+
+def _trouble(layers: dict[str, Any], plan: Recipe) -> dict[str, Any]:
+    """{"dead": layer -> inputs that were always zero, "damped": layers whose Gram matrix needed more damping}."""
+    notes = {name: row.get("notes") or {} for name, row in layers.items()}
+    asked = {name: plan.solver_for(name)[1].get("damping", 0.0) for name in notes}
+    return {
+        "dead": {name: n["dead"] for name, n in notes.items() if n.get("dead")},
+        "damped": [name for name, n in notes.items() if n.get("damping", 0.0) > asked[name]],
+    }
 
 
 def result_of(manifest: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:

@@ -177,5 +177,26 @@ def honest_notes(manifest: dict[str, Any], run: dict[str, Any], layers: list[Lay
         )
     if manifest["recipe"].get("data"):
         notes.append("Evaluate on another text than the one used for calibration, or on another part of it.")
+    notes += trouble(run.get("calibration"))
     notes.append("Speed and memory are those of the machine named here, whole process included.")
+    return notes
+
+
+def trouble(found: Any) -> list[str]:
+    """Sentences on inputs that were always zero, and on Gram matrices that had to be damped more than asked."""
+    found = found if isinstance(found, dict) else {}  # run.json is read without checks
+    dead, damped = found.get("dead"), found.get("damped")
+    dead = {k: n for k, n in dead.items() if isinstance(n, int)} if isinstance(dead, dict) else {}
+    damped = [n for n in damped if isinstance(n, str)] if isinstance(damped, list) else []
+    notes = []
+    if dead:
+        notes.append(
+            f"{sum(dead.values())} inputs of {len(dead)} layers (first {next(iter(dead))}) were always zero on the "
+            "calibration text: nothing is known of them, and their weights are 0."
+        )
+    if damped:
+        notes.append(
+            f"The inputs of {len(damped)} layers (first {damped[0]}) vary in too few directions for their Gram matrix "
+            "to be inverted as it is; it was damped more. More calibration text helps."
+        )
     return notes

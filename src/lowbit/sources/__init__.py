@@ -12,7 +12,7 @@ from lowbit.sources.base import ModelSource, check_finite
 from lowbit.sources.models import open_model
 from lowbit.sources.skeleton import drop, fill, new_skeleton, set_tensor
 from lowbit.sources.texts import read_text
-from lowbit.sources.windows import Windows, check_tokenizer, token_ids, token_windows
+from lowbit.sources.windows import Windows, check_tokenizer, foreign_note, token_ids, token_windows
 
 __all__ = [
     "ModelSource",
@@ -21,6 +21,7 @@ __all__ = [
     "check_tokenizer",
     "drop",
     "fill",
+    "foreign_note",
     "new_skeleton",
     "open_model",
     "read_text",

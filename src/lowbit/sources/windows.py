@@ -25,15 +25,24 @@ class Windows:
     note: str = ""
 
 
-def token_windows(text: str, tokenizer: Any, windows: int, context: int, seed: int = 0) -> Windows:
+FOREIGN = 0.5  # tokens a character: English and other languages a tokenizer was made for take 0.2 to 0.4
+
+
+def token_windows(
+    text: str, tokenizer: Any, windows: int, context: int, seed: int = 0, shorten: bool = False
+) -> Windows:
     """Random windows that never overlap.
 
     A text with room for fewer windows than asked gives those it has room for, and `note` says so.
+    shorten: a text shorter than one window is one window of all its tokens, and `note` warns.
     Raises DataError when not even one fits, naming the tokens there are and a --context that fits.
     """
     if windows < 1 or context < 1:
         raise DataError(f"windows={windows} and context={context} must be at least 1, e.g. --windows 24 --context 512.")
     ids = token_ids(text, tokenizer)
+    asked = context
+    if shorten and 1 < len(ids) < context:
+        context = len(ids)
     room = len(ids) // context
     if room == 0:
         fix = f"give more text, or --context {len(ids)} or less" if len(ids) else "give another text"
@@ -43,9 +52,21 @@ def token_windows(text: str, tokenizer: Any, windows: int, context: int, seed: i
     places = torch.randperm(room, generator=generator)[:windows].sort().values
     index = (shift + places * context)[:, None] + torch.arange(context)
     note = ""
-    if room < windows:
+    if context < asked:
+        note = f"the text has {len(ids)} tokens, less than one window of {asked}: far too little to calibrate on"
+    elif room < windows:
         note = f"the text has {len(ids)} tokens: {room} windows of {context}, not {windows}; give more text for more"
     return Windows(ids[index], len(ids), note)
+
+
+def foreign_note(text: str, tokens: int) -> str:
+    """A warning where the tokenizer needs so many tokens that it hardly knows the text's language; else ''."""
+    if tokens <= FOREIGN * max(len(text), 1):
+        return ""
+    return (
+        f"the tokenizer needs {100 * tokens / len(text):.0f} tokens for 100 characters of this text: it hardly knows "
+        "its language. Calibrate on text like that which the model will read"
+    )
 
 
 def token_ids(text: str, tokenizer: Any) -> Tensor:
