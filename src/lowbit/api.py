@@ -4,6 +4,7 @@ model = lowbit.compress(model, "gptq", bits=3, group=64, data=texts, tokenizer=t
 lowbit.api.compress_model("model.gguf", "out/", method="gptq", bits=4, data="valid.txt[:50%]")
 """
 
+import copy
 import hashlib
 import os
 import platform
@@ -20,13 +21,13 @@ from torch import Tensor, nn
 
 from lowbit.errors import DataError, ModelError, RecipeError, ShapeError
 from lowbit.evaluate import peak_memory_bytes, resident_memory_bytes
-from lowbit.formats import QuantizedTensor
 from lowbit.pipeline.blocks import layer_matrix, layer_type
 from lowbit.pipeline.checkpoint import FolderStore, MemoryStore, Store
 from lowbit.pipeline.stream import Walk
 from lowbit.recipe import Recipe
 from lowbit.runtime import swap
 from lowbit.runtime.artifact import auto_class_of, load, refuse_existing, save, write_artifact
+from lowbit.solvers import Solution
 from lowbit.sources import check_tokenizer, foreign_note, open_model, read_text, set_tensor, token_windows
 from lowbit.sources.module import ModuleSource
 from lowbit.training import bits_per_weight, pack, penalty, prepare, step, summary
@@ -70,9 +71,10 @@ def compress(
 
     data: texts (a list, a long string, or a file's path) with the `tokenizer`, or token ids (windows, context)
 
-    A transformers language model (decoder or encoder) is walked block by block. Any other network takes a method
-    without data (rtn, hqq): each linear layer and 2-d convolution on its own, the first convolution and the last linear
-    layer left in float.
+    A transformers language model (decoder or encoder) is walked block by block. Of any other network each linear layer
+    and 2-d convolution is rounded on its own, or with data=inputs (a tensor (n, ...), or a list of batches) one after
+    the other, biases corrected and batch norms counted again; the first convolution and the last linear layer stay in
+    float.
     Raises RecipeError, DataError, ShapeError, ModelError with what to change.
     """
     widths = {"bits": bits, "group": group, "format": format, "embeddings": embed_bits, "activations": activations}
@@ -86,7 +88,7 @@ def compress(
     if any(True for _ in swap.packed_modules(model)):
         raise ModelError("the model's layers are packed already; give the float model it came from.")
     if not hasattr(model, "config"):
-        return _compress_layers(model, plan)
+        return _compress_layers(model, plan, data, progress)
     ids = _ids(data, tokenizer, plan)
     if ids is not None:
         _check_ids(ids, model.config)
@@ -437,30 +439,36 @@ def _put(model: nn.Module, name: str, tensor: Tensor, tied: dict[str, str]) -> N
 
 
 @torch.no_grad()
-def _compress_layers(model: nn.Module, plan: Recipe) -> nn.Module:
-    """Any network, each layer on its own, without data."""
-    import copy
+def _compress_layers(model: nn.Module, plan: Recipe, data: Any, progress: "Progress | None") -> nn.Module:
+    """Any network, each layer on its own; with inputs as data, layer after layer (see `pipeline.network`)."""
+    from lowbit.pipeline.network import batches_of, solve_network
 
-    if plan.needs_data:
-        raise RecipeError(f"{plan.method} walks transformers models; for another network use method rtn or hqq.")
+    if plan.needs_data and data is None:
+        raise RecipeError(f"{plan.method} needs calibration inputs: data=a tensor (n, ...); or use rtn or hqq.")
     model = copy.deepcopy(model).eval()
     layers = {n: m for n, m in model.named_modules() if layer_type(m) in ("linear", "conv2d")}
     convs, linears = ([n for n, m in layers.items() if layer_type(m) == kind] for kind in ("conv2d", "linear"))
     for name in {*convs[:1], *linears[-1:]} if len(layers) > 1 else ():
         del layers[name]
-    for name, layer in layers.items():
-        fmt = plan.format_for(name)
-        if fmt is None:
-            continue
-        w = layer_matrix(layer)
-        spec, options = plan.solver_for(name)
-        try:
-            solution = spec.solve(w.reshape(w.shape[0], -1).float(), None, fmt, **options)
-        except ShapeError as e:
-            raise ShapeError(f"{name}: {e}") from None
-        quantized: QuantizedTensor = solution.quantized(tuple(w.shape))
-        kind = str(layer_type(layer))
+    if data is not None:
+        solutions = solve_network(model, layers, plan, batches_of(data), progress)
+    else:
+        solutions = {n: s for n, m in layers.items() if (s := _solved_alone(n, m, plan)) is not None}
+    for name, solution in solutions.items():
+        layer = layers[name]
+        kind, shape = str(layer_type(layer)), tuple(layer.weight.shape)  # type: ignore[union-attr, arg-type]
         conv = swap.conv_options(layer) if kind == "conv2d" else None
-        packed = swap.pack_layer(layer, quantized, kind, plan.activations, conv)
+        packed = swap.pack_layer(layer, solution.quantized(shape), kind, plan.activations, conv)
         swap._set_module(model, name, packed)
     return model
+
+
+def _solved_alone(name: str, layer: nn.Module, plan: Recipe) -> "Solution | None":
+    fmt, w = plan.format_for(name), layer_matrix(layer)
+    if fmt is None:
+        return None
+    spec, options = plan.solver_for(name)
+    try:
+        return spec.solve(w.reshape(w.shape[0], -1).float(), None, fmt, **options)
+    except ShapeError as e:
+        raise ShapeError(f"{name}: {e}") from None

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from lowbit.errors import FormatError
 
+SHARED_SAMPLE = 1 << 17  # weights that make a shared table
+FULL_ROUNDS = 3  # over all weights, from the sample's table
 _ATTEMPTS = 4  # pairs of levels tried before a row is left alone
 _TINY = 1e-300  # keeps 0 / 0 out
 Sums = tuple[Tensor, Tensor, Tensor]  # running sums of h, h x and h x**2, each (B, n + 1)
@@ -71,7 +73,8 @@ def shared_table(
     """One table for all blocks and a scale for each: w ~ scale * table[code].
 
     minimise  sum_b sum_i h_bi (w_bi - s_b c_(code))**2   by turns: codes, then s_b = sum h w c / sum h c**2, then the
-    levels (mean of w / s in each cluster, weighted with h s**2). Every turn starts from scales of the root mean square.
+    levels (mean of w / s in each cluster, weighted with h s**2). Starts from scales of the root mean square. Of many
+    blocks an even sample of about SHARED_SAMPLE weights makes the table; then every block finds its scale.
 
     w_blocks, importance: as `kmeans_table`; stored: scales as the file gives them back
     returns: scale (B, 1), table (k,) float32 as fp16 holds it. A block of zeros has scale 0.
@@ -79,15 +82,30 @@ def shared_table(
     if w_blocks.numel() == 0:
         return w_blocks.new_zeros(len(w_blocks), 1), w_blocks.new_zeros(k)
     h = torch.ones_like(w_blocks) if importance is None else importance
-    total = h.sum(1, keepdim=True).clamp(min=1e-30)
-    scale = stored(((h * w_blocks.square()).sum(1, keepdim=True) / total).sqrt())
-    table = _levels_of(w_blocks, h, scale, k)
+    scale = stored(_root_mean_square(w_blocks, h))
+    wanted = min(max(SHARED_SAMPLE // w_blocks.shape[1], 1), len(w_blocks))
+    at = torch.linspace(0, len(w_blocks) - 1, wanted, dtype=torch.float64, device=w_blocks.device).round().long()
+    some, h_some, scale_some = (t[at] for t in (w_blocks, h, scale))
+    table = _levels_of(some, h_some, scale_some, k)
     for _ in range(rounds):
-        level = table[_nearest(w_blocks, scale, table)]
-        found = (h * w_blocks * level).sum(1, keepdim=True) / (h * level.square()).sum(1, keepdim=True).clamp(min=1e-30)
-        scale = stored(found.clamp(min=0))
-        table = _moved(w_blocks, h, scale, table)
+        scale_some = _scale_of(some, h_some, scale_some, table, stored)
+        table = _moved(some, h_some, scale_some, table)
+    for last in range(FULL_ROUNDS):
+        scale = _scale_of(w_blocks, h, scale, table, stored)
+        table = table if last == FULL_ROUNDS - 1 else _moved(w_blocks, h, scale, table)
     return scale, table
+
+
+def _root_mean_square(w: Tensor, h: Tensor) -> Tensor:
+    return ((h * w.square()).sum(1, keepdim=True) / h.sum(1, keepdim=True).clamp(min=1e-30)).sqrt()
+
+
+def _scale_of(w: Tensor, h: Tensor, scale: Tensor, table: Tensor, stored: "Callable[[Tensor], Tensor]") -> Tensor:
+    """The best scale of each block for the codes that the old one gives."""
+    level = table[_nearest(w, scale, table)]
+    weighted = h * level
+    found = (weighted * w).sum(1, keepdim=True) / (weighted * level).sum(1, keepdim=True).clamp(min=1e-30)
+    return stored(found.clamp(min=0))
 
 
 def dual_scales(w: Tensor, importance: "Tensor | None" = None, rounds: int = 8) -> tuple[Tensor, Tensor]:
@@ -142,7 +160,7 @@ def _levels_of(w: Tensor, h: Tensor, scale: Tensor, k: int, sample: int = 1 << 1
 
 
 def _nearest(w: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    return torch.searchsorted((table[1:] + table[:-1]) / 2, w / scale.clamp(min=1e-30))
+    return torch.searchsorted((table[1:] + table[:-1]) / 2, w / scale.clamp(min=1e-30), out_int32=True)
 
 
 def _moved(w: Tensor, h: Tensor, scale: Tensor, table: Tensor) -> Tensor:
