@@ -72,6 +72,7 @@ sanitize: $(STAMP)  ## the kernel tests under AddressSanitizer and UndefinedBeha
 	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > `build/sanitize-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'`/borrowed.pth
 	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w build/sanitize-dist --config-settings=build-dir=build/sanitize --config-settings=cmake.define.LOWBIT_SANITIZE=ON .
 	$(PY) -m pip --python build/sanitize-venv/bin/python install -q --no-deps build/sanitize-dist/*.whl
+	build/sanitize/check_rows
 	LD_PRELOAD="`c++ -print-file-name=libasan.so` `c++ -print-file-name=libstdc++.so`" ASAN_OPTIONS=detect_leaks=0 \
 	  build/sanitize-venv/bin/python -m pytest -q -p no:cacheprovider --capture=sys tests/kernels
 

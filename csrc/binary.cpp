@@ -19,9 +19,12 @@ namespace {
 #endif
 
 const Row<BinarizeFn> kBinarizeRows[] = {LOWBIT_BIT_ROWS(binarize_avx512, binarize_avx2, binarize_scalar)};
-const Row<BitKernel> kBitTileRows[] = {LOWBIT_BIT_ROWS((BitKernel{bit_tile_avx512, BitLayout::kLanes16}),
-                                                       (BitKernel{bit_tile_avx2, BitLayout::kNibbles}),
-                                                       (BitKernel{bit_tile_scalar, BitLayout::kRows}))};
+const Row<BitKernel> kBitTileRows[] = {
+#if LOWBIT_NEON
+    {"neon", kNeon, {bit_tile_neon, BitLayout::kLanes16}},
+#endif
+    LOWBIT_BIT_ROWS((BitKernel{bit_tile_avx512, BitLayout::kLanes16}), (BitKernel{bit_tile_avx2, BitLayout::kNibbles}),
+                    (BitKernel{bit_tile_scalar, BitLayout::kRows}))};
 const Row<BitEpilogueFn> kBitEpilogueRows[] = {
     LOWBIT_BIT_ROWS(bit_epilogue_avx512, bit_epilogue_avx2, bit_epilogue_scalar)};
 

@@ -126,5 +126,6 @@ void bit_epilogue_avx2(const int32_t*, int64_t, int64_t, int64_t, const BitEpilo
 void binarize_avx512(const BinarizeJob&);
 void bit_tile_avx512(const BitTile&);
 void bit_epilogue_avx512(const int32_t*, int64_t, int64_t, int64_t, const BitEpilogue&);
+void bit_tile_neon(const BitTile&);  // the floats before and after are the scalar row's
 
 }  // namespace lowbit

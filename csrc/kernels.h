@@ -10,11 +10,19 @@
 #include <stdexcept>
 #include <string>
 
-#if !defined(LOWBIT_X86)  // -DLOWBIT_X86=0 builds the scalar rows alone
+#if !defined(LOWBIT_X86)  // -DLOWBIT_X86=0 (-DLOWBIT_NEON=0) builds the scalar rows alone
 #if defined(__x86_64__) || defined(_M_X64)
 #define LOWBIT_X86 1
 #else
 #define LOWBIT_X86 0
+#endif
+#endif
+
+#if !defined(LOWBIT_NEON)
+#if defined(__aarch64__) && defined(__ARM_NEON) && !defined(__AARCH64EB__)
+#define LOWBIT_NEON 1
+#else
+#define LOWBIT_NEON 0
 #endif
 #endif
 
@@ -84,10 +92,12 @@ enum : uint32_t {
   kVnni = 4,       // AVX-512 VNNI
   kVpopcnt = 8,    // AVX-512 VPOPCNTDQ
   kVbmi = 16,      // AVX-512 VBMI
+  kNeon = 32,      // 64-bit ARM
+  kDotprod = 64,   // SDOT and UDOT
 };
 uint32_t cpu_features();
 
-// LOWBIT_ISA names the best instruction set that may be used ("avx512", "avx2", "scalar"); an operation without a row
+// LOWBIT_ISA names the best instruction set that may be used ("avx512", "avx2", "scalar"; "dotprod", "neon", "scalar"); an operation without a row
 // of that name, or whose row needs more than this CPU has, takes its next one. Returns the rank (0 is best, "" too);
 // throws std::invalid_argument for a name that is unknown or that this CPU cannot run.
 int isa_rank(const std::string& isa, const char* op);

@@ -8,6 +8,11 @@
 #else
 #include <cpuid.h>
 #endif
+#elif LOWBIT_NEON && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif LOWBIT_NEON && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace lowbit {
@@ -50,12 +55,27 @@ uint32_t detect() {
   if ((saved & 0xe0) != 0xe0 || !f || !dq || !bw || !vl) return kAvx2;  // and the mask and ZMM state
   return kAvx2 | kAvx512 | (c >> 11 & 1) * kVnni | (c >> 14 & 1) * kVpopcnt | (c >> 1 & 1) * kVbmi;
 }
+#elif LOWBIT_NEON
+uint32_t detect() {
+#if defined(__APPLE__)
+  int dot = 0;
+  size_t size = sizeof dot;
+  if (sysctlbyname("hw.optional.arm.FEAT_DotProd", &dot, &size, nullptr, 0) != 0) dot = 0;
+  return kNeon | (dot != 0) * kDotprod;
+#elif defined(__linux__)
+  return kNeon | ((getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0) * kDotprod;
+#else
+  return kNeon;
+#endif
+}
 #else
 uint32_t detect() { return 0; }
 #endif
 
 #if LOWBIT_X86
 #define LOWBIT_ROWS(name) {"avx2", kAvx2, name##_avx2}, {"scalar", 0, name##_scalar}
+#elif LOWBIT_NEON
+#define LOWBIT_ROWS(name) {"neon", kNeon, name##_neon}, {"scalar", 0, name##_scalar}
 #else
 #define LOWBIT_ROWS(name) {"scalar", 0, name##_scalar}
 #endif
@@ -65,6 +85,8 @@ const Row<LinearFloatFn> kLinearFloatRows[] = {
 #if LOWBIT_X86
     {"avx512", kAvx2 | kAvx512 | kVbmi, &linear_float_avx512},
     {"avx2", kAvx2, &linear_float_avx2},
+#elif LOWBIT_NEON
+    {"neon", kNeon, &linear_float_neon},
 #endif
     {"scalar", 0, &linear_float_scalar}};
 const Row<SparseFn> kSparseRows[] = {
@@ -73,20 +95,28 @@ const Row<SparseFn> kSparseRows[] = {
     {"avx2", kAvx2, &sparse_avx2},
 #endif
     {"scalar", 0, &sparse_scalar}};
+const Row<QuantizeFn> kQuantizeRows[] = {
 #if LOWBIT_X86
-const Row<QuantizeFn> kQuantizeRows[] = {{"avx512", kAvx2 | kAvx512, quantize_avx512}, LOWBIT_ROWS(quantize)};
-const Row<LinearInt8Fn> kLinearInt8Rows[] = {{"avx512", kAvx2 | kAvx512 | kVnni, linear_int8_avx512},
-                                             LOWBIT_ROWS(linear_int8)};
-#else
-const Row<QuantizeFn> kQuantizeRows[] = {LOWBIT_ROWS(quantize)};
-const Row<LinearInt8Fn> kLinearInt8Rows[] = {LOWBIT_ROWS(linear_int8)};
+    {"avx512", kAvx2 | kAvx512, quantize_avx512},
 #endif
+    LOWBIT_ROWS(quantize)};
+const Row<LinearInt8Fn> kLinearInt8Rows[] = {
+#if LOWBIT_X86
+    {"avx512", kAvx2 | kAvx512 | kVnni, linear_int8_avx512},
+#elif LOWBIT_NEON
+    {"dotprod", kNeon | kDotprod, linear_int8_dotprod},
+#endif
+    LOWBIT_ROWS(linear_int8)};
 
 struct Isa {
   const char* name;
   uint32_t needs;
 };
-constexpr Isa kIsas[] = {{"avx512", kAvx2 | kAvx512}, {"avx2", kAvx2}, {"scalar", 0}};  // best first
+constexpr Isa kIsas[] = {{"avx512", kAvx2 | kAvx512},  // best first
+                         {"avx2", kAvx2},
+                         {"dotprod", kNeon | kDotprod},
+                         {"neon", kNeon},
+                         {"scalar", 0}};
 
 template <class Fn, size_t N>
 constexpr Table<Fn> make(const char* op, const Row<Fn> (&rows)[N]) {

@@ -25,7 +25,7 @@ from lowbit.formats import pack_bits
 
 OPS = ("decode", "embedding", "linear_float", "quantize", "linear_int8")
 FAMILIES = {"table16": (1, 2, 3, 4), "table256": (5, 6, 7, 8)}  # format family -> bits per code
-ISAS = ("avx512", "avx2", "scalar")  # best first
+ISAS = ("avx512", "avx2", "dotprod", "neon", "scalar")  # best first; dotprod: 64-bit ARM with SDOT
 _TABLE_OF = {"embedding": "decode"}  # an embedding decodes the rows it is asked for
 
 
@@ -48,7 +48,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def active_isa() -> str:
-    """Name of the best rows that run, "avx512", "avx2" or "scalar", checked at first use.
+    """Name of the best rows that run, one of `ISAS`, checked at first use.
 
     An operation without a row of that name runs its next one.
 
