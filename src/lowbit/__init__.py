@@ -28,6 +28,7 @@ _HOME = {
     "save": "lowbit.runtime.artifact",
     "load": "lowbit.runtime.artifact",
     "verify_artifact": "lowbit.runtime.artifact",
+    "add_penalty_gradients": "lowbit.training",
     "ProxConnect": "lowbit.training",
     "Format": "lowbit.formats",
     "QuantizedTensor": "lowbit.formats",
@@ -35,12 +36,13 @@ _HOME = {
     "LowbitError": "lowbit.errors",
 }
 
-_ROOMS = ("diagnose", "train")  # lowbit.diagnose.Recorder, lowbit.train.run
+_ROOMS = ("diagnose", "integrations", "train")  # lowbit.diagnose.Recorder, lowbit.train.run
 
 __all__ = list(_HOME) + list(_ROOMS)
 
 if TYPE_CHECKING:
     from lowbit import diagnose as diagnose
+    from lowbit import integrations as integrations
     from lowbit import train as train
     from lowbit.errors import LowbitError as LowbitError
     from lowbit.formats import Format as Format

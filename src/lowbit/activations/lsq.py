@@ -37,7 +37,7 @@ class LearnedScale(InputFunction):
         est = find_estimator(estimator).over(self_levels)
         super().__init__(est.schedule, est.start)
         self.levels, self.estimator, self.bits, self.signed = self_levels, est, bits, signed
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(1))  # not (): sharded training takes no scalars
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self._ready = False
 

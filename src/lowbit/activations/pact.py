@@ -24,7 +24,7 @@ class Pact(InputFunction):
             raise RecipeError(f"activations of {bits!r} bits: use 1 to 8.")
         super().__init__()
         self.bits = bits
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+        self.alpha = nn.Parameter(torch.tensor([float(alpha)]))
 
     def forward(self, x: Tensor) -> Tensor:
         top = 2**self.bits - 1

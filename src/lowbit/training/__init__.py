@@ -15,13 +15,14 @@ from lowbit.training.attach import input_functions, latent_of, prepare, weight_f
 from lowbit.training.choices import Choices, read_choices
 from lowbit.training.packing import pack
 from lowbit.training.proxconnect import ProxConnect
-from lowbit.training.run import penalty, step
+from lowbit.training.run import add_penalty_gradients, penalty, step
 from lowbit.training.sizes import Summary, bits_per_weight, summary
 
 __all__ = [
     "Choices",
     "ProxConnect",
     "Summary",
+    "add_penalty_gradients",
     "bits_per_weight",
     "input_functions",
     "latent_of",

@@ -40,22 +40,52 @@ def penalty(net: nn.Module) -> Tensor:
     """The sum of what the methods add to the loss, a scalar with a gradient; 0 where none does.
 
     loss = task_loss + lowbit.penalty(net)
+
+    Raises RecipeError for fully sharded networks, whose weights are elsewhere when the loss is added up.
     """
-    found = (function.penalty(_input(module)) for _, module, function in weight_functions(net))
-    terms = [t for t in found if t is not None]
+    terms = _terms(net)
+    if any(hasattr(t, "full_tensor") for t in terms):
+        raise RecipeError(
+            "the weights of this network are sharded over processes: leave the penalty out of the loss and call "
+            "lowbit.add_penalty_gradients(net) between loss.backward() and optimizer.step()."
+        )
     if terms:
         return torch.stack(terms).sum()
     first = next(net.parameters(), None)
     return torch.zeros((), device=None if first is None else first.device)
 
 
+def add_penalty_gradients(net: nn.Module) -> None:
+    """Add the gradient of `penalty(net)` to that of the loss: between backward and the optimizer's step, in loops that
+    own the loss, and for fully sharded networks.
+
+    Every process of a data-parallel training computes the same one, so it is added after their gradients were averaged.
+    """
+    terms, params = _terms(net), [p for p in net.parameters() if p.requires_grad]
+    if not any(t.requires_grad for t in terms):
+        return
+    with torch.no_grad():
+        for p, g in zip(params, torch.autograd.grad(terms, params, allow_unused=True)):
+            if g is None:
+                continue
+            if hasattr(p, "placements"):
+                g = g.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]  # each keeps its part
+            p.grad = g if p.grad is None else p.grad.add_(g)
+
+
+def _terms(net: nn.Module) -> list[Any]:
+    found = (function.penalty(_input(module)) for _, module, function in weight_functions(net))
+    return [t for t in found if t is not None]
+
+
 def _counted(net: nn.Module) -> "float | None":
-    steps = getattr(net, "lowbit_steps", None)
-    if steps is None:
+    """The next position of the network that was prepared with steps=N, which may be wrapped; None without."""
+    owner: Any = next((m for m in net.modules() if STEP in m._buffers), None)
+    if owner is None:
         return None
-    count = net.get_buffer(STEP)
+    count = owner.get_buffer(STEP)
     count += 1
-    return int(count) / max(steps, 1)
+    return int(count) / max(owner.lowbit_steps, 1)
 
 
 def _raw(module: Any) -> Tensor:

@@ -34,8 +34,8 @@ class Smart(WeightFunction):
             raise RecipeError(f"p={p!r}: the wells are of power 1 or 2.")
         self.strength, self.depth, self.p = strength, depth, p
         self.format = Format.parse("ternary-tensor")
-        self.mu = nn.Parameter(w.detach().float().abs().mean().clamp(min=TINY))
-        self.tau = nn.Parameter(torch.ones((), device=w.device))
+        self.mu = nn.Parameter(w.detach().float().abs().mean().clamp(min=TINY).reshape(1))
+        self.tau = nn.Parameter(torch.ones(1, device=w.device))
 
     def forward(self, latent: Tensor) -> Tensor:
         with torch.no_grad():
@@ -53,7 +53,7 @@ class Smart(WeightFunction):
         tau, size = self._tau(), latent.float().abs()
         wells = torch.minimum((size - self.mu).abs() ** self.p, size**self.p / tau)
         unit = (size.detach().mean() ** self.p).clamp(min=TINY)
-        return wells.mean() / unit * self.strength + tau * self.depth
+        return wells.mean() / unit * self.strength + tau.sum() * self.depth
 
     def cut(self) -> Tensor:
         """Below it a weight is zero."""
