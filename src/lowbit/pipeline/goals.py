@@ -4,8 +4,8 @@
     columns   loss (nats a token, from the probe), bytes (counted), seconds (measured, where a latency is asked)
     choice    greedy on the convex hull; an integer program where there are several limits
 
-Expected loss: the single losses added up, K nats a token; a perplexity of exp(K) times the float model's. Measured on
-SmolLM2-135M this is right to 25% from K = 0.08 to 1.1, a little high (see docs/allocation.md).
+Expected loss: the single losses added up, K nats a token, times what was measured of such sums; a perplexity of exp
+of that times the float model's. How far it was off on SmolLM2-135M stands in docs/allocation.md.
 """
 
 import math
