@@ -7,6 +7,7 @@
 #include "binding.h"
 #include "columns.h"
 #include "linear_int8.h"
+#include "search.h"
 #include "sparse.h"
 
 using nb::literals::operator""_a;
@@ -140,6 +141,21 @@ void solve_columns(Array<float, 2> columns, Array<float, 2> other, Array<float, 
   lowbit::solve_columns(block, grids, n_threads);
 }
 
+// error [candidates, blocks] of each candidate scale of blocks of weights.
+void scale_errors(Floats w, Floats importance, Floats scale, Floats zero, float bottom, float top, bool real_zero,
+                  float norm, Array<float, 2> error, int n_threads, const std::string& isa) {
+  const int64_t blocks = dim(w, 0), n = dim(w, 1), candidates = dim(scale, 0);
+  const auto fits = [&](const auto& a) { return dim(a, 0) == candidates && dim(a, 1) == blocks; };
+  need(importance.size() == 0 || (dim(importance, 0) == blocks && dim(importance, 1) == n), "importance must be as w");
+  need(fits(scale) && fits(error) && (zero.size() == 0 || fits(zero)), "scale, zero, error: [candidates, blocks]");
+  need(norm > 0 && bottom <= top, "norm must be positive, and the levels ascending");
+  const lowbit::ScaleSearch search{w.data(), importance.size() ? importance.data() : nullptr, scale.data(),
+                                   zero.size() ? zero.data() : nullptr, blocks, n, candidates, bottom, top, real_zero,
+                                   norm, error.data()};
+  nb::gil_scoped_release release;
+  lowbit::scale_errors(search, n_threads, isa);
+}
+
 template <class Fn>
 void list_rows(const lowbit::Table<Fn>& table, nb::list& out) {
   for (size_t i = 0; i < table.count; ++i)
@@ -190,6 +206,9 @@ NB_MODULE(_kernels, m) {
         "u"_a.noconvert(), "codes"_a.noconvert(), "group_of"_a.noconvert(), "scale"_a.noconvert(),
         "divisor"_a.noconvert(), "zero"_a.noconvert(), "thresholds"_a.noconvert(), "values"_a.noconvert(),
         "real_zero"_a, "n_threads"_a);
+  m.def("scale_errors", &scale_errors, "w"_a.noconvert(), "importance"_a.noconvert(), "scale"_a.noconvert(),
+        "zero"_a.noconvert(), "bottom"_a, "top"_a, "real_zero"_a, "norm"_a, "error"_a.noconvert(), "n_threads"_a,
+        "isa"_a);
   m.def("quantize", &quantize, "x"_a.noconvert(), "groups"_a, "q"_a.noconvert(), "scale"_a.noconvert(),
         "sum"_a.noconvert(), "isa"_a);
   bind_decoder(m);

@@ -105,7 +105,7 @@ def allowed(room: str, target: str) -> bool:
     if room == "runtime":
         return target in RUNTIME_MAY
     if target == "_kernels":
-        return room == "solvers" or room in MAY_USE_RUNTIME
+        return room in {"formats", "solvers"} or room in MAY_USE_RUNTIME
     if target == "runtime":
         return room in MAY_USE_RUNTIME
     if target in SIDEWAYS.get(room, set()):

@@ -4,13 +4,11 @@ The same formulas on the same numbers as the Python loops, strip by strip in the
 and for grids it does not know (tables of their own, other roundings, blocks of several rows), the Python loops run.
 """
 
-from functools import cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from lowbit.formats import Format, Grid
+from lowbit.formats._native import extension
 from lowbit.formats.levels import thresholds
 
 NONE = torch.empty(0, 0, dtype=torch.float32)
@@ -83,12 +81,3 @@ def knows(fmt: Format) -> bool:
     one_table = bool(fmt.levels.values) or fmt.scale_rule == "shared"
     plain = fmt.blocks.rows == 1 and one_table and fmt.rounding == "even"
     return plain and extension() is not None
-
-
-@cache
-def extension() -> Any:
-    try:
-        from lowbit import _kernels  # type: ignore[attr-defined]
-    except ImportError:
-        return None
-    return _kernels

@@ -18,7 +18,7 @@ from lowbit.formats import Format, Grid, decode
 from lowbit.formats.format import dual_grid
 from lowbit.formats.stores import round_scale
 
-WORK = 1 << 25  # floats of the largest intermediate
+WORK = 1 << 21  # floats of the largest intermediate: what the caches hold
 LARGEST = {"fp32": torch.finfo(torch.float32).max, "bf16": torch.finfo(torch.bfloat16).max, "fp16": 65504.0}
 
 
@@ -107,13 +107,15 @@ def refit(w: Tensor, parts: list[Coded], gram: Tensor, damping: float, chunk: in
     groups = [p.format.blocks.grid(*w.shape)[1] for p in parts]
     unknowns = sum(o.shape[1] for o in olds)
     chunk = max(min(chunk, WORK // max(unknowns * w.shape[1], 1)), 1)
+    w_h = w @ h
     new = []
     for i in range(0, len(w), chunk):
         rows = slice(i, min(i + chunk, len(w)))
         planes = [(plane, g) for p, g in zip(parts, groups) for plane in p.planes(rows)]
         old = torch.cat([o[rows] for o in olds], 1)
-        found = _stored(_solve_rows(w[rows], planes, h, old), old, parts, olds)
-        better = _errors(w[rows], planes, found, h) < _errors(w[rows], planes, old, h)
+        a, b = _normal_equations(w_h[rows], planes, h)
+        found = _stored(_solved(a, b, old), old, parts, olds)
+        better = _change(a, b, old, found) < 0
         new.append(torch.where(better[:, None], found, old))
     values = torch.cat(new).split([o.shape[1] for o in olds], 1)
     return [p.with_values(v) for p, v in zip(parts, values)]
@@ -138,16 +140,28 @@ def _stored(new: Tensor, old: Tensor, parts: list[Coded], olds: list[Tensor]) ->
     return torch.cat(kept, 1)
 
 
-def _solve_rows(w: Tensor, planes: list[tuple[Tensor, int]], h: Tensor, old: Tensor) -> Tensor:
-    """The numbers (rows, unknowns) of some rows. Those that nothing uses keep the old one."""
+def _normal_equations(w_h: Tensor, planes: list[tuple[Tensor, int]], h: Tensor) -> tuple[Tensor, Tensor]:
+    """A (rows, unknowns, unknowns) and b (rows, unknowns) of some rows; w_h (rows, in) = w H."""
     lh = torch.cat([_times(plane, g, h) for plane, g in planes], 1)  # (rows, unknowns, in)
     a = torch.cat([_sums(lh * plane[:, None], g) for plane, g in planes], 2)
-    b = (lh * w[:, None]).sum(2)
+    b = torch.cat([_sums((w_h * plane)[:, None], g)[:, 0] for plane, g in planes], 1)
+    return a, b
+
+
+def _solved(a: Tensor, b: Tensor, old: Tensor) -> Tensor:
+    """The numbers (rows, unknowns). Those that nothing uses keep the old one."""
     unused = a.diagonal(dim1=1, dim2=2) <= 0
     ridge = a.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30) * 1e-6
     a = a + torch.diag_embed(ridge[:, None].expand(-1, b.shape[1]))
     v = torch.linalg.solve(a, b)
     return torch.where(torch.isfinite(v) & ~unused, v, old)
+
+
+def _change(a: Tensor, b: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """(rows,) error(new) - error(old), from the step alone: the errors themselves nearly cancel."""
+    step = (new - old)[:, :, None]
+    downhill = b[:, :, None] - a @ old[:, :, None]
+    return (step * (a @ step - 2 * downhill)).sum((1, 2))
 
 
 def _times(plane: Tensor, groups: int, h: Tensor) -> Tensor:
@@ -159,11 +173,3 @@ def _times(plane: Tensor, groups: int, h: Tensor) -> Tensor:
 def _sums(x: Tensor, groups: int) -> Tensor:
     """(rows, unknowns, groups): sums over the columns of each group."""
     return x.reshape(*x.shape[:2], groups, -1).sum(3)
-
-
-def _errors(w: Tensor, planes: list[tuple[Tensor, int]], values: Tensor, h: Tensor) -> Tensor:
-    d, at = w.clone(), 0
-    for plane, g in planes:
-        d -= (plane.reshape(len(w), g, -1) * values[:, at : at + g, None]).reshape(w.shape)
-        at += g
-    return ((d @ h) * d).sum(1)

@@ -96,8 +96,11 @@ def drift_target(w: Tensor, statistics: LayerStatistics, damping: float = 0.1) -
         return w
     h = statistics.gram.clone()
     h.diagonal().add_(damping * h.diagonal().mean().clamp(min=torch.finfo(h.dtype).tiny))
-    change, info = torch.linalg.solve_ex(h, (w @ statistics.drift).T)
-    return w + change.T if int(info) == 0 and bool(torch.isfinite(change).all()) else w
+    lower, info = torch.linalg.cholesky_ex(h)
+    if int(info) != 0:
+        return w
+    change = torch.cholesky_solve((w @ statistics.drift).T, lower)
+    return w + change.T if bool(torch.isfinite(change).all()) else w
 
 
 def output_error(w: Tensor, w_hat: Tensor, gram: Tensor) -> float:
