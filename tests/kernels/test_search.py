@@ -52,7 +52,11 @@ def test_arguments_that_do_not_fit_each_other_are_refused() -> None:
     none, error = np.zeros((0, 0), np.float32), np.zeros((3, 4), np.float32)
     run = _native.extension().scale_errors
     run(w, none, scale, none, -1.0, 1.0, False, 2.0, error, 1, "")
-    for bad in ((w, none, scale[:, :3].copy(), none), (w, w[:3].copy(), scale, none), (w, none, scale, scale[:2].copy())):
+    for bad in (
+        (w, none, scale[:, :3].copy(), none),
+        (w, w[:3].copy(), scale, none),
+        (w, none, scale, scale[:2].copy()),
+    ):
         with pytest.raises(ValueError):
             run(*bad, -1.0, 1.0, False, 2.0, error, 1, "")
     with pytest.raises(ValueError, match="norm"):

@@ -168,7 +168,8 @@ def test_refit_takes_a_few_rows_at_a_time_where_layers_are_wide(monkeypatch):
     monkeypatch.setattr("lowbit.solvers._refit.WORK", 5 * 3 * 24)  # five rows
     rows = []
     monkeypatch.setattr(
-        "lowbit.solvers._refit._normal_equations", lambda *a, f=_refit._normal_equations: rows.append(len(a[0])) or f(*a)
+        "lowbit.solvers._refit._normal_equations",
+        lambda *a, f=_refit._normal_equations: rows.append(len(a[0])) or f(*a),
     )
     assert torch.allclose(refit_scales(w, codes, grid, fmt, gram, 0.01), whole, rtol=1e-5)
     assert rows == [5, 5, 5, 1]

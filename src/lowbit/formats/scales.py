@@ -157,7 +157,8 @@ def search(w: Tensor, fmt: "Format", importance: "Tensor | None" = None, norm: f
 def _search_chunk(w: Tensor, fmt: "Format", importance: "Tensor | None", norm: float, errors_of: ErrorsOf) -> Found:
     low, high = _range(w, fmt, importance)
     centre = _mean(w, importance) if fmt.zero == "real" else torch.zeros_like(low)
-    p = torch.tensor(SHRINKS if fmt.levels.is_even else SHRINKS + STRETCHES).to(w.device)[:, None, None]
+    shrinks = SHRINKS if fmt.levels.is_even else SHRINKS + STRETCHES
+    p = torch.tensor(shrinks, dtype=torch.float32, device=w.device)[:, None, None]
     low, high = (torch.cat([x[None], centre + (x - centre) * p[1:]]) for x in (low, high))
     scale, zero = _from_range(low, high, fmt)  # (candidates, blocks, 1)
     best = errors_of(w, scale, zero, fmt, importance, norm).argmin(0)[None]  # the first of equal ones
