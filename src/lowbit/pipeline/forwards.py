@@ -34,11 +34,13 @@ class SequentialForwards:
     ) -> None:
         self.block, self.hidden, self.call, self.recompute = block, hidden, call, recompute
         self.passes: list[greenlet] = []
+        self.finished = False
 
-    def inputs(self, leader: str) -> Iterator[Tensor]:
+    def inputs(self, leader: str, finish: bool = False) -> Iterator[Tensor]:
         """The input of `leader` for every window, computed with the weights as they are now.
 
-        Exhaust it before the next call.
+        Exhaust it before the next call. finish: each pass then runs to its end at once instead of waiting (for weights
+        that will not change), which frees what it held.
         """
         module = self.block.get_submodule(leader)
         if self.recompute:
@@ -46,27 +48,32 @@ class SequentialForwards:
             return
         if not self.passes:
             self.passes = [greenlet(self._pass) for _ in self.hidden]
-        handle = module.register_forward_pre_hook(_pause)
-        try:
-            for i in range(len(self.passes)):
-                yield self._resume(i)
-        finally:
-            handle.remove()
+        for i in range(len(self.passes)):
+            handle = module.register_forward_pre_hook(_pause)
+            try:
+                x = self._resume(i)
+            finally:
+                handle.remove()
+            yield x
+            if finish:
+                del x
+                self.hidden[i] = self._resume(i)
+        self.finished = finish
 
     def outputs(self) -> list[Tensor]:
         """The block's output for every window, computed with the weights as they are now.
 
         Replaces the hidden states one by one.
         """
-        for i in range(len(self.hidden)):
+        for i in range(0 if self.finished else len(self.hidden)):
             out = self._resume(i) if self.passes else self._pass(i)
             self.hidden[i] = out
-        self.passes = []
+        self.passes, self.finished = [], True
         return self.hidden
 
     def restart(self) -> None:
         """Forget the paused passes: outputs are computed from the beginning of the block."""
-        self.passes = []
+        self.passes, self.finished = [], False
 
     def _pass(self, i: int) -> Tensor:
         return run_block(self.block, self.hidden[i], *self.call)

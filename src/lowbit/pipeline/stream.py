@@ -69,6 +69,7 @@ class Walk:
         self.names = self.source.keys()
         self.calls: list[tuple[tuple, dict[str, Any]]] = []
         self.producers: dict[tuple[str, ...], str | None] = {}
+        self.entering: list[Tensor] = []
         self.own: dict[str, LayerStatistics] = {}  # of layers of this block that have statistics of their own
         self.check_shapes()
 
@@ -121,6 +122,7 @@ class Walk:
         hidden = self._opening(hidden, need_hidden=start < len(self.blocks))
         if self.recipe.gram != "inputs" and start < len(self.blocks):
             gather_gradients(self, self.entering, self.recipe.gram)
+        self.entering = []  # each block replaces its hidden states; these would stay beside them
         release_memory()
         began = time.perf_counter()
         for i in range(start, len(self.blocks)):
@@ -230,7 +232,8 @@ class Walk:
         gradients = self.store.scratch.take(f"gradients-{i}") if self.recipe.gram != "inputs" else {}
         for group in groups:
             width = layer_matrix(block.get_submodule(group[0])).shape[1]
-            inputs = zip(*(s.inputs(group[0]) for s in streams), strict=True)
+            last = group is groups[-1]  # the float model's passes need not wait for its solution
+            inputs = zip(*(s.inputs(group[0], last and s is not streams[0]) for s in streams), strict=True)
             found = {n: gradients[n] for n in group if n in gradients}
             statistics, self.own = _accumulate(inputs, width, self.recipe.gram, found)
             if self.recipe.solver.tune is None:
