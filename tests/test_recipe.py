@@ -133,7 +133,7 @@ def test_a_field_written_twice_is_refused(tmp_path: Path, text: str) -> None:
         Recipe.load(path)
 
 
-@pytest.mark.parametrize("text", ["[" * 5000, "a: " + "[" * 5000, "seed: 2024-13-45"])
+@pytest.mark.parametrize("text", ["[" * 1000, "seed: 2024-13-45"])
 def test_a_file_that_trips_the_yaml_reader(tmp_path: Path, text: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)

@@ -69,7 +69,7 @@ def test_rows_of_kernels() -> None:
         bench_kernels([Shape(1, 32, 8)], ["uint44"], seconds=0.0)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_rows_of_decode(name: str) -> None:
     model = packed(name)
     found = bench_decode(model, packed(name), thread_counts=[1], prompt=8, tokens=4, kv_bits=[32, 8])

@@ -151,6 +151,7 @@ def test_an_average_of_bits_and_a_loss_from_the_command_line(tiny_llama, tmp_pat
     assert "choice" not in whole
 
 
+@pytest.mark.slow
 def test_a_latency_is_measured_on_this_machine(tiny_llama, tmp_path):
     model, text = tiny_llama
     got = compress_model(model, tmp_path / "out", latency=5.0, data=str(text), windows=4, context=16)
@@ -161,6 +162,7 @@ def test_a_latency_is_measured_on_this_machine(tiny_llama, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow
 def test_a_run_to_a_goal_goes_on_where_it_was_stopped(tiny_llama, tmp_path):
     model, text = tiny_llama
     how = {"budget": 24_000, "data": str(text), "windows": 6, "context": 16}

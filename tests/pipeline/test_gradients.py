@@ -59,11 +59,11 @@ def test_block_by_block_equals_autograd_on_the_whole_model(kind, statistic, ids,
     ("gram", "method"),
     [
         ("oac", "gptq"),
-        ("oac", "spqr"),
-        ("oac", "billm"),
+        pytest.param("oac", "spqr", marks=pytest.mark.slow),
+        pytest.param("oac", "billm", marks=pytest.mark.slow),
         ("guided", "gptq"),
-        ("guided", "icquant"),
-        ("fisher", "icquant"),
+        pytest.param("guided", "icquant", marks=pytest.mark.slow),
+        pytest.param("fisher", "icquant", marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_goes_through_the_methods_that_use_it(gram, method, ids):

@@ -259,7 +259,7 @@ save(torch.nn.Sequential(layer), sys.argv[1])
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-@pytest.mark.parametrize("at", [2, 5])
+@pytest.mark.parametrize("at", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_killed_writer_leaves_no_artifact_and_the_next_one_succeeds(at: int, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", KILLED, str(out), str(at)], capture_output=True)
