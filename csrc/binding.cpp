@@ -214,4 +214,5 @@ NB_MODULE(_kernels, m) {
   bind_decoder(m);
   bind_sparse(m);
   bind_binary(m);
+  bind_conv(m);
 }

@@ -72,5 +72,6 @@ int64_t table_rows(const A& table, const lowbit::Weights& w) {
 }
 
 void bind_binary(nb::module_& m);  // binding_binary.cpp
+void bind_conv(nb::module_& m);    // binding_conv.cpp
 
 }  // namespace lowbit::binding

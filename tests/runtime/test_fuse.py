@@ -1,12 +1,14 @@
 """A fused network gives what its modules give, bit for bit, in fewer calls."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lowbit
 from lowbit.errors import KernelError
-from lowbit.runtime.fuse import FusedBinaryConv2d, fuse
+from lowbit.runtime.fuse import FusedBinaryConv2d, FusedConv2d, fuse
 from lowbit.train.networks import resnet
 
 SIGN = {"weights": "binary-channel", "activations": "sign"}
@@ -38,6 +40,32 @@ def test_a_residual_network(block: str, activations: str, rest: "str | None") ->
     assert sum(m.next_high is not None for m in made) >= len(made) - 3, "bits are passed on"
     assert not any(type(m).__name__ == "RPReLU" for m in fused.modules())
     assert any(not m.want_y for m in made) == (block == "pair"), "without a skip no float is written"
+
+
+@pytest.mark.parametrize("weights, bits", [("int4-channel", 4), ("ternary-channel", 2)])
+def test_a_network_of_few_bits_stays_in_few_bits(weights: str, bits: int) -> None:
+    inputs = {"method": "lsq", "bits": bits}
+    net = started(lowbit.prepare(resnet(depth=8, width=8), {"weights": weights, "activations": inputs}))
+    x = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        net(x)  # starts the inputs' scales
+        packed = lowbit.pack(net)
+        fused, wanted = fuse(packed, x), packed(x)
+        assert (fused(x) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+        assert torch.equal(copy.deepcopy(fused)(x), fused(x))
+    made = [m for m in fused.modules() if isinstance(m, FusedConv2d)]
+    assert len(made) == 6 and sum(isinstance(m, nn.BatchNorm2d) for m in fused.modules()) == 1, "the stem's"
+    assert sum(m.next_grid is not None for m in made) == 5 and sum(not m.want_y for m in made) == 3
+    assert all(m.relu for m in made), "ReLU, too"
+
+
+def test_first_and_last_layers_in_int8() -> None:
+    net = started(lowbit.prepare(resnet(depth=8, width=8, activations="signed", block="single"), SIGN))
+    packed, x = lowbit.pack(net, "int8", rest="int8-channel").eval(), torch.randn(2, 3, 16, 16)
+    fused = fuse(packed, x)
+    with torch.no_grad():
+        assert torch.allclose(fused.fused0(x), packed.bn(packed.stem(x)), atol=1e-4), "the stem with its norm"
+        assert torch.isfinite(fused(x)).all()
 
 
 class Odd(nn.Module):
@@ -73,7 +101,7 @@ def test_errors() -> None:
     packed = lowbit.pack(started(lowbit.prepare(Odd(), SIGN)))
     with pytest.raises(KernelError, match="eval"):
         fuse(packed.train(), torch.randn(1, 3, 7, 7))
-    with pytest.raises(KernelError, match="no 1-bit convolution"):
+    with pytest.raises(KernelError, match="no convolution to fuse"):
         fuse(nn.Sequential(nn.Conv2d(1, 2, 3)).eval(), torch.randn(1, 1, 5, 5))
 
     class Deciding(Odd):

@@ -38,6 +38,10 @@ class InputFunction(Scheduled):
         """This function as a comparison, if it is one: the same levels for every x, ties included."""
         return None
 
+    def int_grid(self) -> "tuple[float, int, int] | None":
+        """(scale, low, high) where x_hat = scale * clip(round_to_even(x / scale), low, high), one scale for all."""
+        return None
+
     def per_channel(self, parameter: Tensor, x: Tensor) -> Tensor:
         """A parameter (channels,) or () shaped to broadcast against x."""
         if parameter.ndim == 0:

@@ -67,6 +67,12 @@ class LearnedScale(InputFunction):
     def _first(self, x: Tensor, lsq: Tensor) -> Tensor:
         return lsq
 
+    def int_grid(self) -> "tuple[float, int, int] | None":
+        low, high = int(self.levels.values[0]), int(self.levels.values[-1])
+        if low == -1 == -high or not bool(self.started):
+            return None
+        return float(self.scale.detach().float().clamp(min=TINY)), low, high
+
     def one_bit(self) -> "OneBit | None":
         if self.bits > 1 or not bool(self.started):
             return None

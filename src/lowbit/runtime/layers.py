@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from lowbit.errors import ArtifactError, FormatError, KernelError, ShapeError
 from lowbit.formats import QuantizedTensor, tensor_specs
 from lowbit.formats.tensor import matrix_shape
-from lowbit.runtime import ops
+from lowbit.runtime import conv_kernels, ops
+from lowbit.runtime.binary_kernels import Geometry
 from lowbit.runtime.kernels import pack_rows
 from lowbit.runtime.slabs import Slabs, slabs
 from lowbit.runtime.sparse import Sparse, sparse, sparse_linear
@@ -61,7 +62,7 @@ class Prepared(NamedTuple):
 
     source: "tuple[Tensor | None, ...]"
     weight: "KernelWeight | Slabs"
-    int8: "tuple[Int8Weight | Slabs, ...]"  # made when first asked for; one for each group of a convolution
+    int8: "tuple[Any, ...]"  # made when first asked for: Int8Weight or Slabs, one for each group; or one Conv
     exceptions: "Exceptions | None"
     sparse: "Sparse | None" = None  # the exceptions for the kernels
     sparse_int8: "Sparse | None" = None
@@ -407,7 +408,11 @@ class PackedEmbedding(_Packed):
 
 
 class PackedConv2d(_Packed):
-    """x (B, in_channels, H, W) or without B -> (B, out_channels, H', W'): patches (unfold) times the packed kernel."""
+    """x (B, in_channels, H, W) or without B -> (B, out_channels, H', W').
+
+    Float activations: patches (unfold) times the packed kernel. int8: `conv_kernels`, one scale for an image, where the
+    weight has one scale a row and zeros are padded.
+    """
 
     def __init__(
         self,
@@ -454,11 +459,26 @@ class PackedConv2d(_Packed):
             return [left, w - left, top, h - top]
         return [self.padding[1], self.padding[1], self.padding[0], self.padding[0]]
 
+    def _int8_parts(self, weight: "KernelWeight | Slabs") -> "Iterator[Any]":
+        """One convolution of the whole where the weight has one scale a row; else one product for each group."""
+        qt = self.quantized()
+        if self.padding_mode != "zeros" or not conv_kernels.fits(qt):
+            yield from super()._int8_parts(weight)
+            return
+        left, right, top, bottom = self._pads()
+        geometry = Geometry(self.stride, (top, bottom, left, right), self.dilation)
+        yield conv_kernels.Conv(conv_kernels.weight(qt, self.groups), geometry)
+
     def forward(self, x: Tensor) -> Tensor:
         if x.ndim == 3:
             return self.forward(x[None])[0]
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ShapeError(f"input is {tuple(x.shape)}, the layer needs (batch, {self.in_channels}, height, width).")
+        if self._activations == "int8" and x.device.type == "cpu":
+            whole = self.prepare().int8[0]
+            if isinstance(whole, conv_kernels.Conv):
+                y = whole(x)
+                return y if self.bias is None else y + self.bias.to(y.dtype).reshape(-1, 1, 1)
         x = F.pad(x, self._pads(), "constant" if self.padding_mode == "zeros" else self.padding_mode)
         h, w = (
             (n - d * (k - 1) - 1) // s + 1
