@@ -104,7 +104,7 @@ class Plan:
         if x.dtype is torch.float32:
             b, c, h, wide = x.shape
             batch_stride, strides_c, strides_h, strides_w = x.stride()
-            if (h > 1 and wide > 1 and strides_h != wide * strides_w) or (strides_c == 0 and c > 1):
+            if (h > 1 and wide > 1 and strides_h != wide * strides_w) or (strides_c == 0 and c > 1 and x.numel()):
                 return self.run(x.contiguous(), residual, relu, next_grid, want_y)
             strides = (batch_stride, strides_w if wide > 1 else strides_h, max(strides_c, 1))
         else:
