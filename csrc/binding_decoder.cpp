@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "binding.h"
+#include "binding_sparse.h"
 #include "decoder.h"
 #include "peak.h"
 
@@ -16,8 +16,6 @@ using nb::literals::operator""_a;
 namespace {
 
 using namespace lowbit::binding;
-using Vector = Array<const float, 1>;
-using Index = Array<const int64_t, 1>;
 
 struct BoundDecoder {
   lowbit::Decoder decoder;
@@ -124,16 +122,18 @@ void set_dense(BoundDecoder& d, int64_t layer, const std::string& name, Floats w
   linear_at(d, layer, name) = l;
 }
 
-// Sparse corrections: row offsets [n+1], then columns and values.
-void set_exceptions(BoundDecoder& d, int64_t layer, const std::string& name, Index row, Index col, Vector value) {
+// Sparse corrections, as runtime/sparse.py prepares them.
+void set_exceptions(BoundDecoder& d, int64_t layer, const std::string& name, Index start, Indices column, Vector value,
+                    Array<const uint8_t, 1> steps) {
   lowbit::Linear& l = linear_at(d, layer, name);
-  need(dim(row, 0) == l.w.n + 1 && dim(col, 0) == dim(value, 0), name + ": exceptions of contradicting sizes");
-  need(row(0) == 0 && row(static_cast<size_t>(l.w.n)) == dim(col, 0), name + ": offsets do not span the exceptions");
-  for (int64_t i = 0; i < l.w.n; ++i) need(row(i) <= row(i + 1), name + ": offsets go back");
-  for (int64_t i = 0; i < dim(col, 0); ++i) need(col(i) >= 0 && col(i) < l.w.k, name + ": no column " + str(col(i)));
-  l.exception_row = d.pointer(row);
-  l.exception_col = d.pointer(col);
-  l.exception = d.pointer(value);
+  const lowbit::Places p = places(start, column, value, l.w.k);
+  need(p.n == l.w.n, name + ": exceptions of another matrix");
+  check(p);
+  const lowbit::Steps s(steps.data(), dim(steps, 0));
+  need(s.h.n == p.n && s.h.k == p.k, name + ": exceptions of another matrix");
+  l.places = {p.n, p.k, d.pointer(start), d.pointer(column), d.pointer(value)};
+  d.pointer(steps);
+  l.steps = s;
 }
 
 std::unique_ptr<lowbit::KeyValueCache> new_cache(const BoundDecoder& d, int64_t sequences, int64_t capacity, bool int8) {
@@ -202,8 +202,8 @@ void bind_decoder(nb::module_& m) {
       .def("set_int8", &set_int8, "layer"_a, "name"_a, "packed"_a.noconvert(),
            "bias"_a.noconvert().none())
       .def("set_dense", &set_dense, "layer"_a, "name"_a, "w"_a.noconvert(), "bias"_a.noconvert().none())
-      .def("set_exceptions", &set_exceptions, "layer"_a, "name"_a, "row"_a.noconvert(), "col"_a.noconvert(),
-           "value"_a.noconvert())
+      .def("set_exceptions", &set_exceptions, "layer"_a, "name"_a, "start"_a.noconvert(), "column"_a.noconvert(),
+           "value"_a.noconvert(), "steps"_a.noconvert())
       .def("new_cache", &new_cache, "sequences"_a, "capacity"_a, "int8"_a)
       .def("forward", &forward, "cache"_a, "tokens"_a.noconvert(), "sequence"_a.noconvert(), "wanted"_a.noconvert(),
            "logits"_a.noconvert(), "n_threads"_a, "isa"_a);

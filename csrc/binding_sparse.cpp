@@ -1,37 +1,15 @@
 // lowbit._kernels: sparse products. Checks every size and index, releases the GIL, calls.
 #include <nanobind/stl/string.h>
 
-#include "binding.h"
-#include "sparse.h"
+#include "binding_sparse.h"
 
 using nb::literals::operator""_a;
 
 namespace {
 
 using namespace lowbit::binding;
-using Index = Array<const int64_t, 1>;
-using Columns = Array<const int32_t, 1>;
-using Values = Array<const float, 1>;
 
-lowbit::Places places(const Index& start, const Columns& column, const Values& value, int64_t k) {
-  const int64_t n = dim(start, 0) - 1, count = dim(column, 0);
-  need(n >= 0 && n < kMaxDim && k >= 1 && k < kMaxDim, "a sparse matrix of " + str(n) + " x " + str(k));
-  need(count == dim(value, 0) && start(0) == 0 && start(static_cast<size_t>(n)) == count,
-       "offsets, columns and values of contradicting sizes");
-  return {n, k, start.data(), column.data(), value.data()};
-}
-
-// Rows that rise, columns that rise within them and lie in 0 .. k-1.
-void check(const lowbit::Places& p) {
-  for (int64_t n = 0; n < p.n; ++n) {
-    need(p.start[n] <= p.start[n + 1], "offsets do not rise at row " + str(n));
-    for (int64_t i = p.start[n]; i < p.start[n + 1]; ++i)
-      need(p.column[i] >= 0 && p.column[i] < p.k && (i == p.start[n] || p.column[i - 1] < p.column[i]),
-           "column " + str(p.column[i]) + " of row " + str(n) + " is outside 0.." + str(p.k - 1) + " or does not rise");
-  }
-}
-
-nb::bytes pack_sparse(Index start, Columns column, Values value, Values factor, int64_t k, bool integer) {
+nb::bytes pack_sparse(Index start, Indices column, Vector value, Vector factor, int64_t k, bool integer) {
   const lowbit::Places p = places(start, column, value, k);
   check(p);
   need(dim(factor, 0) == (integer ? p.n : 0), "one factor a row, for integers only");
@@ -40,7 +18,7 @@ nb::bytes pack_sparse(Index start, Columns column, Values value, Values factor, 
   return nb::bytes(reinterpret_cast<const char*>(out.data()), out.size());
 }
 
-void sparse_linear(Floats x, Index start, Columns column, Values value, Array<const uint8_t, 1> steps,
+void sparse_linear(Floats x, Index start, Indices column, Vector value, Array<const uint8_t, 1> steps,
                    Array<float, 2> y, int n_threads, const std::string& isa) {
   const lowbit::Places p = places(start, column, value, dim(x, 1));
   const lowbit::Steps s(steps.data(), dim(steps, 0));

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 
 #include "decoder_math.h"
@@ -18,35 +19,42 @@ constexpr int64_t kRowsPerTurn = 16;      // outputs of a dense product computed
 
 int threads_for(int64_t work, int n_threads) { return work < kInlineWork ? 1 : n_threads; }
 
-// The seam to the kernels: whatever a packed weight looks like to them, it is multiplied here and nowhere else.
-void packed_product(const Linear& l, const float* x, int64_t m, float* y, int n_threads, const std::string& isa) {
-  if (l.kind == Linear::Kind::kInt8) linear_int8(*l.packed, x, m, nullptr, y, n_threads, isa);
-  else linear_float(l.w, x, m, y, n_threads, isa);
-}
+struct Product {
+  const Linear& l;
+  float* y;
+};
 
 struct Run {
   const DecoderMath& math;
   int n_threads;
   const std::string& isa;
+  TokenBuffer& buffer;
 
   template <class Fn>
   void rows(int64_t m, int64_t floats, const Fn& fn) const {
     parallel_for(m, threads_for(m * floats, n_threads), fn);
   }
 
-  // y [m,n] = x [m,k] @ w_hat.T + bias
-  void product(const Linear& l, const float* x, int64_t m, float* y) const {
-    const int64_t n = l.w.n, k = l.w.k;
-    if (l.kind == Linear::Kind::kDense) dense_product(l, x, m, y);
-    else packed_product(l, x, m, y, n_threads, isa);
-    if (l.exception_row)
-      rows(m, k, [&](int64_t i) {
-        for (int64_t r = 0; r < n; ++r)
-          for (int64_t e = l.exception_row[r]; e < l.exception_row[r + 1]; ++e)
-            y[i * n + r] += l.exception[e] * x[i * k + l.exception_col[e]];
-      });
-    if (l.bias) rows(m, n, [&](int64_t i) { math.add(y + i * n, l.bias, n); });
+  // y [m,n] = x [m,k] @ w_hat.T + bias, for all that read one x: those cut in the same segments share its rounding
+  void products(std::initializer_list<Product> all, const float* x, int64_t m) const {
+    const Segments* rounded = nullptr;
+    Tokens tokens{};
+    for (const auto& [l, y] : all) {
+      const int64_t n = l.w.n;
+      if (l.kind == Linear::Kind::kDense) dense_product(l, x, m, y);
+      else if (l.kind == Linear::Kind::kFloat) linear_float(l.w, x, m, y, n_threads, isa);
+      else {
+        const Segments& seg = l.packed->seg;
+        if (!rounded || rounded->group != seg.group || rounded->count != seg.count)
+          tokens = quantize_tokens(seg, l.w.k, x, m, buffer, n_threads, isa);
+        rounded = &seg;
+        linear_int8(*l.packed, tokens, nullptr, y, n_threads, isa);
+      }
+      if (l.places) sparse_linear(*l.places, *l.steps, x, m, y, n_threads, isa);
+      if (l.bias) rows(m, n, [&, y_ = y, bias = l.bias](int64_t i) { math.add(y_ + i * n, bias, n); });
+    }
   }
+  void product(const Linear& l, const float* x, int64_t m, float* y) const { products({{l, y}}, x, m); }
 
   void dense_product(const Linear& l, const float* x, int64_t m, float* y) const {
     const int64_t n = l.w.n, k = l.w.k, turns = (n + kRowsPerTurn - 1) / kRowsPerTurn;
@@ -74,10 +82,10 @@ void embed(const Linear& e, const int64_t* tokens, int64_t m, float* x, const Ru
   } else {
     decode_rows(e.w, tokens, m, x, threads_for(m * k, run.n_threads), run.isa);
   }
-  if (!e.exception_row) return;
+  if (!e.places) return;
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t at = e.exception_row[tokens[i]]; at < e.exception_row[tokens[i] + 1]; ++at)
-      x[i * k + e.exception_col[at]] += e.exception[at];
+    for (int64_t at = e.places->start[tokens[i]]; at < e.places->start[tokens[i] + 1]; ++at)
+      x[i * k + e.places->column[at]] += e.places->value[at];
 }
 
 }  // namespace
@@ -150,8 +158,9 @@ std::vector<Group> groups_of(const int64_t* sequence, int64_t m, int64_t most) {
 void Decoder::forward(KeyValueCache& cache, const int64_t* tokens, const int64_t* sequence, int64_t m,
                       const int64_t* wanted, int64_t count, float* logits, int n_threads,
                       const std::string& isa) const {
+  static thread_local TokenBuffer buffer;
   const DecoderShape& s = shape;
-  const Run run{pick(kDecoderMath, isa == "scalar" ? isa : "").fn, n_threads, isa};
+  const Run run{pick(kDecoderMath, isa == "scalar" ? isa : "").fn, n_threads, isa, buffer};
   const DecoderMath& math = run.math;
   const Hot hot;
   const int64_t half = s.head_dim / 2, wide = s.heads * s.head_dim, narrow = s.kv_heads * s.head_dim;
@@ -182,9 +191,7 @@ void Decoder::forward(KeyValueCache& cache, const int64_t* tokens, const int64_t
       return head_cache(cache.data_, cache.scales_, cache.int8, index, cache.blocks_, s.head_dim);
     };
     run.norm(x.data(), layer.norm_attention, m, s.hidden, s.eps, h.data());
-    run.product(layer.q, h.data(), m, q.data());
-    run.product(layer.k, h.data(), m, k.data());
-    run.product(layer.v, h.data(), m, v.data());
+    run.products({{layer.q, q.data()}, {layer.k, k.data()}, {layer.v, v.data()}}, h.data(), m);
     run.rows(m, wide + 2 * narrow, [&](int64_t i) {
       const float *c = cosine.data() + i * half, *sn = sine.data() + i * half;
       for (int64_t j = 0; j < s.heads; ++j) math.rotate(q.data() + i * wide + j * s.head_dim, c, sn, half);
@@ -217,8 +224,7 @@ void Decoder::forward(KeyValueCache& cache, const int64_t* tokens, const int64_t
     run.rows(m, s.hidden, [&](int64_t i) { math.add(x.data() + i * s.hidden, h.data() + i * s.hidden, s.hidden); });
 
     run.norm(x.data(), layer.norm_mlp, m, s.hidden, s.eps, h.data());
-    run.product(layer.gate, h.data(), m, gate.data());
-    run.product(layer.up, h.data(), m, up.data());
+    run.products({{layer.gate, gate.data()}, {layer.up, up.data()}}, h.data(), m);
     run.rows(m, s.intermediate, [&](int64_t i) {
       math.gated_silu(gate.data() + i * s.intermediate, up.data() + i * s.intermediate, s.intermediate);
     });

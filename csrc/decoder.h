@@ -15,10 +15,11 @@
 #include <vector>
 
 #include "packed.h"
+#include "sparse.h"
 
 namespace lowbit {
 
-// y = x @ w_hat.T + bias, w_hat packed (float or int8 products) or plain float32, plus exceptions in CSR.
+// y = x @ w_hat.T + bias, w_hat packed (float or int8 products) or plain float32, plus exceptions.
 struct Linear {
   enum class Kind { kFloat, kInt8, kDense };
   Kind kind = Kind::kDense;
@@ -26,9 +27,8 @@ struct Linear {
   std::optional<Packed> packed;  // kInt8
   const float* dense = nullptr;  // [n, k]
   const float* bias = nullptr;   // [n], or null
-  const int64_t* exception_row = nullptr;  // [n+1] offsets, or null
-  const int64_t* exception_col = nullptr;
-  const float* exception = nullptr;
+  std::optional<Places> places;  // the exceptions, and the same in steps
+  std::optional<Steps> steps;
 };
 
 struct DecoderLayer {

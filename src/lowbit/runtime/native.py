@@ -123,16 +123,16 @@ class NativeDecoder:
             return
         prepared = module.prepare()
         assert not isinstance(prepared.weight, Slabs)
-        if module.activations == "int8" and name != "embedding":
-            (int8,) = prepared.int8
-            assert not isinstance(int8, Slabs)
-            self._decoder.set_int8(layer, name, int8.packed.numpy(), bias)
+        int8 = module.activations == "int8" and name != "embedding"
+        if int8:
+            (weight,) = prepared.int8
+            assert not isinstance(weight, Slabs)
+            self._decoder.set_int8(layer, name, weight.packed.numpy(), bias)
         else:
             *arrays, bits = prepared.weight
             self._decoder.set_float(layer, name, *(t.numpy() for t in arrays), bits, module.shape[1], bias)
-        if (e := prepared.exceptions) is not None:
-            first = torch.searchsorted(e.row, torch.arange(module.shape[0] + 1)).numpy()
-            self._decoder.set_exceptions(layer, name, first, e.col.numpy(), e.value.numpy())
+        if (added := prepared.sparse_int8 if int8 else prepared.sparse) is not None:
+            self._decoder.set_exceptions(layer, name, *(t.numpy() for t in added))
 
 
 def _rows(embedding: Any) -> int:

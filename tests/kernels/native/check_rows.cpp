@@ -1,7 +1,7 @@
 // Every row this CPU can run against the scalar row, without Python: odd shapes, ragged groups, extreme codes and
 // activations, buffers that end where the heap ends (for the sanitizers). Prints a line for each operation and row, and
-// ends with 1 if any differs. tests/kernels/test_native_rows.py builds it, for this machine and for 64-bit ARM under
-// emulation; `make sanitize` runs it too. With arguments: the rows that must be there, else it ends with 2.
+// ends with 1 if any differs. tests/kernels/test_native_rows.py builds it for 64-bit ARM and runs it under emulation,
+// `make sanitize` for this machine. With arguments: the rows that must be there, else it ends with 2.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
