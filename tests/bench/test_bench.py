@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from lowbit.bench import machine, rivals
 from lowbit.bench.baseline import compare_rows, moved
+from lowbit.bench.conv import ConvShape, bench_conv
 from lowbit.bench.decode import bench_decode
 from lowbit.bench.kernels import Shape, bench_kernels
 from lowbit.bench.timing import medians, threads
@@ -67,6 +68,32 @@ def test_rows_of_kernels() -> None:
         Shape.parse("2048x2048")
     with pytest.raises(FormatError):
         bench_kernels([Shape(1, 32, 8)], ["uint44"], seconds=0.0)
+
+
+def test_rows_of_convolutions() -> None:
+    shapes = [ConvShape.parse("8x6x5x4"), ConvShape.parse("8x5x5x8x1x8")]
+    rows = bench_conv(shapes, ["binary", "int4"], [1], 2, seconds=0.0)["rows"]
+    assert [(r["format"], r["activations"]) for r in rows] == 2 * [
+        ("binary-channel", "sign"), ("int4-channel", "int8"), ("int4-channel", "levels")
+    ]  # fmt: skip
+    for r in rows:
+        assert r["speedup"] == pytest.approx(r["torch_ms"] / r["ms"])
+        assert r["gmacs_per_second"] == pytest.approx(r["m"] * r["k"] * r["n"] / r["ms"] / 1e6)
+    assert (rows[0]["m"], rows[0]["k"], rows[0]["n"]) == (60, 72, 4) and rows[-1]["k"] == 1
+    for text in ("64x56x56", "8x4x4x8x3x3", "axbxcxd"):
+        with pytest.raises(RecipeError, match="for example 64x56x56x64"):
+            ConvShape.parse(text)
+    with pytest.raises(RecipeError, match="uint4 has no int8 convolution"):
+        bench_conv(shapes, ["uint4"], seconds=0.0)
+
+
+def test_bench_conv_on_the_command_line(tmp_path: Path) -> None:
+    command = ["bench", "conv", "--shape", "4x5x5x4", "--format", "ternary", "--seconds", "0", "--threads", "1"]
+    saved = str(tmp_path / "rows.json")
+    assert CliRunner().invoke(app, [*command, "--save", saved]).exit_code == 0
+    done = CliRunner().invoke(app, [*command, "--against", saved, "--json"])
+    found = json.loads(done.stdout)
+    assert done.exit_code == 0 and found["what"] == "conv" and len(found["moved"]) == len(found["rows"]) == 2
 
 
 @pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])

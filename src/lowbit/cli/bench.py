@@ -1,6 +1,7 @@
 """Time the kernels or a model's generation beside what else one could use; compare ways to train.
 
 lowbit bench kernels --threads 1 --threads 2 --shape 1x2048x2048
+lowbit bench conv --shape 64x56x56x64
 lowbit bench decode --model out --gguf model.gguf
 lowbit bench methods --data cifar10/ --out methods/ --seeds 3
 """
@@ -49,6 +50,30 @@ def kernels(
     _finish(sh, found, save, against)
 
 
+def conv(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="Channels x height x width x outputs (x kernel x groups), as 64x56x56x64. Repeatable."),
+    ] = None,
+    fmt: Annotated[list[str] | None, typer.Option("--format", help="binary, ternary, int4, ... Repeatable.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 1,
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Spent on each figure.")] = 0.3,
+    save: Save = None,
+    against: Against = None,
+    as_json: Json = False,
+) -> None:
+    """Time packed convolutions beside torch: ResNet-18's four stages and a depthwise layer, unless told otherwise.
+
+    Floats in and floats out, rounding the inputs included; "levels" is a layer between two others of its kind, int8 in
+    and int8 out. --save keeps the rows, --against says what moved since.
+    """
+    sh = shell()
+    with sh.progress("conv") as step:
+        found = _conv(shape, fmt, threads or [_torch_threads()], batch, seconds, step)
+    _finish(sh, found, save, against)
+
+
 def decode(
     model: Annotated[Path | None, typer.Option(help="A compressed folder.")] = None,
     float_model: Annotated[str | None, typer.Option(help="Its float model, run by transformers.")] = None,
@@ -74,7 +99,7 @@ def decode(
     _finish(sh, found, save, against)
 
 
-COMMANDS = {"kernels": kernels, "decode": decode, "methods": methods}
+COMMANDS = {"kernels": kernels, "conv": conv, "decode": decode, "methods": methods}
 
 
 def _finish(sh: Shell, found: dict[str, Any], save: "Path | None", against: "Path | None") -> None:
@@ -113,6 +138,14 @@ def _kernels(sh: Shell, shape: Any, fmt: Any, group: int, counts: list[int], buf
         raise RecipeError(f"--buffers {wrong[0]} is unknown. Use {' or '.join(BUFFERS)}.")
     found = bench_kernels(shapes, fmt or FORMATS, counts, group, kinds, ways, seconds, progress=step)
     return {"what": "kernels", "cpu": _cpu(), "moved": None, **found}
+
+
+def _conv(shape: Any, fmt: Any, counts: list[int], batch: int, seconds: float, step: Any) -> dict[str, Any]:
+    from lowbit.bench.conv import FORMATS, SHAPES, ConvShape, bench_conv
+
+    shapes = [ConvShape.parse(s) for s in shape] if shape else SHAPES
+    found = bench_conv(shapes, fmt or FORMATS, counts, batch, seconds, progress=step)
+    return {"what": "conv", "cpu": _cpu(), "moved": None, **found}
 
 
 def _decode(sh: Shell, model: "Path | None", float_model: "str | None", gguf: "list[Path] | None",
@@ -165,6 +198,21 @@ def _show(sh: Shell, what: str, found: dict[str, Any]) -> None:
         ]
         sh.table(columns, [_decode_cells(r) for r in found["rows"]])
         return
+    if what == "conv":
+        columns = [
+            "shape",
+            ">threads",
+            "format",
+            "inputs",
+            "row",
+            ">ms",
+            ">torch ms",
+            ">x torch",
+            ">GMAC/s",
+            ">of peak",
+        ]
+        sh.table(columns, [_conv_cells(r) for r in found["rows"]])
+        return
     columns = ["shape", "buffers", ">threads", "format", "activations", "row", ">ms", ">x torch", ">x bf16", ">x ORT",
                ">GMAC/s", ">of peak", ">GB/s", ">of copy"]  # fmt: skip
     sh.table(columns, [
@@ -173,6 +221,12 @@ def _show(sh: Shell, what: str, found: dict[str, Any]) -> None:
          f"{r['gmacs_per_second']:.1f}", f"{100 * r['fraction_of_peak']:.0f} %", f"{r['gbytes_per_second']:.1f}",
          f"{100 * r['fraction_of_copy']:.0f} %") for r in found["rows"]
     ])  # fmt: skip
+
+
+def _conv_cells(r: dict[str, Any]) -> tuple[Any, ...]:
+    peak = "" if r["fraction_of_peak"] is None else f"{100 * r['fraction_of_peak']:.0f} %"
+    times = f"{r['ms']:.3f}", f"{r['torch_ms']:.3f}", _times(r["speedup"]), f"{r['gmacs_per_second']:.1f}", peak
+    return (r["shape"], r["threads"], r["format"], r["activations"], r["isa"], *times)
 
 
 def _decode_cells(r: dict[str, Any]) -> tuple[Any, ...]:
