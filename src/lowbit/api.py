@@ -149,13 +149,13 @@ def compress_model(
         raise RecipeError(f"{plan.method} needs calibration text: add --data FILE, or use --method rtn or hqq.")
     source = open_model(model)
     words = _tokenizer(source, tokenizer)
-    ids, notes, text = None, [], ""
+    ids, notes, text = None, [source.unused_note()], ""
     if plan.data:
         text = read_text(plan.data)
         found = token_windows(text, words, plan.windows, plan.context, plan.seed, shorten=context is None)
-        ids, notes = found.ids, [note for note in (found.note, foreign_note(text, found.tokens_total)) if note]
+        ids, notes = found.ids, [*notes, found.note, foreign_note(text, found.tokens_total)]
         _check_ids(ids, source.config)
-    job = _Job(source, words, ids, say, max_ram, began, notes)
+    job = _Job(source, words, ids, say, max_ram, began, [note for note in notes if note])
     if not goals:
         manifest, run = job.compress(plan, out, Path(f"{out}.partial"), force)
         return result_of(manifest, run)

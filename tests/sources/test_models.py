@@ -345,3 +345,14 @@ def test_weights_stored_as_whole_numbers_are_refused(tmp_path):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"up_proj.weight is stored as whole numbers.*quantized"):
         open_model(folder)
+
+
+def test_stored_weights_that_the_model_does_not_use_are_named(tmp_path: Path) -> None:
+    tiny.model("llama").save_pretrained(tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    weights = load_file(file)
+    rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(weights | rotary, file, {"format": "pt"})
+    assert open_model(tmp_path / "m").unused_note() == ""
+    save_file(weights | rotary | {"vision.proj.weight": torch.ones(2, 2)}, file, {"format": "pt"})
+    assert "vision.proj.weight, which the model does not use" in open_model(tmp_path / "m").unused_note()

@@ -16,6 +16,13 @@ from lowbit.errors import ModelError, near_names
 from lowbit.sources import skeleton
 
 CHUNK = 1 << 22  # bytes or elements per step when streaming
+COMPUTED = (
+    ".inv_freq",
+    ".position_ids",
+    ".attn.bias",
+    ".attn.masked_bias",
+    "rope_freqs.weight",
+)  # saved, but never read
 
 
 class ModelSource:
@@ -49,6 +56,10 @@ class ModelSource:
         raise NotImplementedError
 
     def _stored_count(self) -> int:
+        raise NotImplementedError
+
+    def _unread(self) -> list[str]:
+        """Stored names that no weight is made of, as the files call them."""
         raise NotImplementedError
 
     def _stored_shape(self, entry: Any) -> tuple[int, ...]:
@@ -129,6 +140,16 @@ class ModelSource:
             f"{self.name}: {type(self.config).__name__.removesuffix('Config')}, {self.numel / 1e6:.1f} M weights, "
             f"{self.nbytes_float / 1e6:.0f} MB as float, read from {self.kind}"
         )
+
+    def unused_note(self) -> str:
+        """A line about stored weights that the model does not use; empty where there are none.
+
+        Numbers that models compute for themselves (masks, positions, rotary frequencies) and second copies of shared
+        weights are not meant.
+        """
+        names = [n for n in self._unread() if n not in self.tied and not n.endswith(COMPUTED)]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"the file holds {names[0]}{more}, which the model does not use: left out" if names else ""
 
     def new_skeleton(self, auto: Any = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The architecture in eval mode without weight memory; `fill(model, source)` brings the weights."""

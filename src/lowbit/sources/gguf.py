@@ -63,6 +63,10 @@ class GgufSource(ModelSource):
     def _stored_count(self) -> int:
         return len(self.header.tensors)
 
+    def _unread(self) -> list[str]:
+        read = {info.name for entry in self._entries.values() for info in entry.parts}
+        return [name for name in self.header.tensors if name not in read and self._names.get(name) not in self.tied]
+
     def _stored_shape(self, entry: Entry) -> tuple[int, ...]:
         infos, wanted = entry.parts, self._shapes[entry.name]
         same = sum(i.n_bytes // i.row_bytes * i.shape[-1] for i in infos) if len(infos) > 1 else 0

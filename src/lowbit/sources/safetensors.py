@@ -80,6 +80,10 @@ class SafetensorsSource(ModelSource):
     def _stored_count(self) -> int:
         return len(self._table)
 
+    def _unread(self) -> list[str]:
+        read = {(e.path, e.start) for e in self._entries.values()}
+        return [name for name, e in self._table.items() if (e.path, e.start) not in read]
+
     def _stored_shape(self, entry: Entry) -> tuple[int, ...]:
         return entry.shape
 
