@@ -52,6 +52,8 @@ PROTOCOLS = {
     )
 }
 
+LOW_VARIANCE = 1e-3  # DenseShift's other initialisation: latents so near to 0 that they flip at once
+
 ROWS = {
     row.name: row
     for row in (
@@ -73,6 +75,9 @@ ROWS = {
         Row("w2-denseshift", 2, lambda: stacked.DenseShift(2)),
         Row("w3-denseshift", 3, lambda: stacked.DenseShift(3)),
         Row("w4-denseshift", 4, lambda: stacked.DenseShift(4)),
+        Row("w2-denseshift-low", 2, lambda: stacked.DenseShift(2, LOW_VARIANCE)),
+        Row("w3-denseshift-low", 3, lambda: stacked.DenseShift(3, LOW_VARIANCE)),
+        Row("w4-denseshift-low", 4, lambda: stacked.DenseShift(4, LOW_VARIANCE)),
         Row("w3-s3", 3, lambda: stacked.S3(3)),
         Row("w2-deepshift-q", 2, lambda: stacked.DeepShiftQ(2)),
         Row("w3-deepshift-q", 3, lambda: stacked.DeepShiftQ(3)),

@@ -333,12 +333,13 @@ class DeepShiftQ(Method):
 
 
 class SignPlanes(Method):
-    """What S3 and DenseShift share: several latents a weight, drawn from N(0, 2 / fan out), no scale."""
+    """What S3 and DenseShift share: several latents a weight from N(0, 2 / fan out) or N(0, sigma^2), no scale."""
 
     planes: tuple[str, ...] = ()
+    sigma: float | None = None
 
     def latents(self, w: Tensor) -> Latents:
-        std = math.sqrt(2 / (9 * w.shape[1]))  # 3 x 3 convolutions
+        std = self.sigma or math.sqrt(2 / (9 * w.shape[1]))  # 3 x 3 convolutions
         return {name: torch.randn(w.shape) * std for name in ("sign", *self.planes)}
 
     def one(self, p: Latents) -> Tensor:
@@ -377,7 +378,8 @@ class DenseShift(SignPlanes):
 
     source = "DenseShift, Li 2023 (arXiv:2208.09708)"
 
-    def __init__(self, bits: int):
+    def __init__(self, bits: int, sigma: "float | None" = None):
+        self.sigma = sigma
         self.planes = tuple(f"t{i}" for i in range(1, 2 ** (bits - 1)))
         self.format = f"pot{bits}nz-tensor"
 
