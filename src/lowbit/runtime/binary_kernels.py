@@ -159,6 +159,8 @@ class Plan:
         isa: "str | None" = None,
     ) -> None:
         self.w, self.geometry, self.n = w, geometry, w.rows.shape[0]
+        self._sizes: dict[tuple[int, int], tuple[int, int]] = {}  # of images seen -> of the output
+        self._high: Tensor | None = None  # the last next_high, checked
         top, _, left, _ = geometry.padding
         numbers = (w.groups, *w.kernel, *geometry.stride, top, left, *geometry.dilation, geometry.pad)
         self._plan = _call(
@@ -194,11 +196,15 @@ class Plan:
                   f"x is {x.dtype} {tuple(x.shape)}, no floats and no bits of this layer")  # fmt: skip
             strides = (0, 0, 0)
         _need(x.device.type == "cpu", f"x is on {x.device}")
-        oh, ow = self.geometry.out_size(h, wide, w.kernel)
+        if (size := self._sizes.get((h, wide))) is None:
+            size = self._sizes[h, wide] = self.geometry.out_size(h, wide, w.kernel)
+        oh, ow = size
         y = torch.empty((b, oh, ow, self.n), dtype=torch.float32, device="cpu") if want_y else None
         bits_out = None
         if next_high is not None:
-            _vector(next_high, self.n, "next_high")
+            if next_high is not self._high:
+                _vector(next_high, self.n, "next_high")
+                self._high = next_high
             bits_out = torch.empty((b, oh, ow, 1, 1, -(-self.n // 32)), dtype=torch.int32, device="cpu")
         if residual is not None:
             residual = self._as_y(residual, (b, self.n, oh, ow))

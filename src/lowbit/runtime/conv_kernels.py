@@ -80,6 +80,7 @@ class Plan:
         _need(geometry.pad == 0, "outside the image lies 0")
         self.n, self.channels, groups, *kernel = w.size
         self.kernel, self.geometry, self.grid = (kernel[0], kernel[1]), geometry, grid or IntGrid()
+        self._sizes: dict[tuple[int, int], tuple[int, int]] = {}  # of images seen -> of the output
         top, _, left, _ = geometry.padding
         numbers = (groups, self.channels, *self.kernel, *geometry.stride, top, left, *geometry.dilation)
         bias = None if bias is None else bias.detach().float().contiguous()
@@ -114,7 +115,9 @@ class Plan:
             )
             strides = (0, 0, 0)
         _need(c == self.channels and x.device.type == "cpu", f"x has {c} channels, needed {self.channels} on the CPU")
-        oh, ow = self.geometry.out_size(h, wide, self.kernel)
+        if (size := self._sizes.get((h, wide))) is None:
+            size = self._sizes[h, wide] = self.geometry.out_size(h, wide, self.kernel)
+        oh, ow = size
         y = torch.empty((b, oh, ow, self.n), dtype=torch.float32, device="cpu") if want_y else None
         q = None if next_grid is None else torch.empty((b, oh, ow, self.n), dtype=torch.int8, device="cpu")
         if residual is not None:

@@ -20,7 +20,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 
 from lowbit.errors import KernelError
-from lowbit.runtime import conv_kernels, swap
+from lowbit.runtime import binary_kernels, conv_kernels, swap
 from lowbit.runtime.binary_kernels import Geometry
 from lowbit.runtime.binary_layers import PackedBinaryConv2d
 from lowbit.runtime.conv_kernels import IntGrid
@@ -39,12 +39,16 @@ class FusedBinaryConv2d(nn.Module):
         self.layer, self.want_y = layer, True
         self.next_high: Tensor | None
         self.register_buffer("next_high", None)
+        self._plan: binary_kernels.Plan | None = None
 
     def forward(self, x: Tensor, residual: "Tensor | None" = None) -> Any:
-        if self.next_high is None:
-            return self.layer(x, residual)
-        y, bits = self.layer.with_bits(x, self.next_high, residual, self.want_y)
-        return (y, bits) if self.want_y else bits
+        if self._plan is None:  # the layer's own call looks whether its tensors have changed, which takes as long as
+            self._plan = self.layer.prepare().plan  # the product of 64 channels of 8 x 8
+        y, bits = self._plan.run(x, residual, self._buffers["next_high"], self.want_y)
+        return y if bits is None else (y, bits) if self.want_y else bits
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_plan": None}
 
     def passes_to(self, other: Any, clamped: bool) -> bool:
         """Can the other layer read what this one would make for it? Then this one makes it."""
