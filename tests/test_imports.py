@@ -25,8 +25,9 @@ FLOOR = {
     "activations": 3,
     "layers": 3,
     "statistics": 4,
+    "allocate": 4,  # solvers allocate within a layer
 }
-FLOOR |= dict.fromkeys(("solvers", "allocate", "prune", "factorize", "distill", "search", "integer", "training"), 5)
+FLOOR |= dict.fromkeys(("solvers", "prune", "factorize", "distill", "search", "integer", "training"), 5)
 FLOOR |= {
     "recipe": 6,
     "diagnose": 6,

@@ -4,16 +4,21 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from lowbit.api import compress_model
 from lowbit.errors import ModelError
 from lowbit.pipeline.blocks import block_calls, find_blocks
 from lowbit.pipeline.reorder import (
+    arrange,
     by_importance,
     hidden_partners,
     permute_heads,
     permute_hidden,
     permute_residual,
 )
+from lowbit.runtime.artifact import load
+from tests.cli.helpers import words
 from tests.sources import tiny_models as tiny
 
 EXPECTED = {
@@ -98,3 +103,33 @@ def test_the_most_sensitive_channels_come_first():
     rows[2] = 5.0
     columns[:, 1] = 4.0
     assert by_importance([rows], [columns]).tolist() == [2, 1, 0, 3]
+
+
+def test_a_block_is_arranged_without_a_trace(ids):
+    model = tiny.model("llama").eval()
+    with torch.no_grad():
+        before = model(ids).logits
+    blocks = find_blocks(model)[1]
+    calls = block_calls(model, blocks, {"input_ids": ids})
+    hidden, partners = calls[0][0][0], None
+    for block, (args, kwargs) in zip(blocks, calls):
+        w = block.mlp.down_proj.weight.clone()
+        partners = arrange(block, hidden, (args[1:], kwargs), partners)
+        assert not torch.equal(block.mlp.down_proj.weight, w), "something was reordered"
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-4, atol=1e-4)
+
+
+def test_scalebits_end_to_end(tmp_path):
+    torch.manual_seed(0)
+    tiny.model("llama").save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    text = words(tmp_path / "words.txt")
+    how = {"data": str(text), "windows": 4, "context": 16, "group": 16}
+    result = compress_model(tmp_path / "model", tmp_path / "out", method="scalebits", options={"average": 3.0}, **how)
+    assert 3.0 < result["bits_per_weight"] < 3.0 + 20 / 16 + 0.5
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        logits = load(tmp_path / "out")(ids).logits
+        floats = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()(ids).logits
+    assert float((logits - floats).square().sum() / floats.square().sum()) < 0.1

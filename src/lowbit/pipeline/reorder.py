@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.errors import ModelError
-from lowbit.pipeline.blocks import input_groups, layer_matrix, linear_layers, run_block
+from lowbit.pipeline.blocks import all_inputs, input_groups, layer_matrix, linear_layers, run_block
 
 TOLERANCE = 1e-4
 Call = tuple[tuple, dict[str, Any]]
+Partners = list[tuple[list[str], str]]  # (producers, consumer)
 
 
 def by_importance(rows: "list[Tensor]", columns: "list[Tensor]") -> Tensor:
@@ -65,6 +66,21 @@ def _unchanged(
     after = run_block(block, hidden, *call)
     permute_hidden(block, producers, consumer, order.argsort())
     return torch.allclose(after, before, rtol=TOLERANCE, atol=TOLERANCE * float(before.abs().mean()))
+
+
+@torch.no_grad()
+def arrange(block: nn.Module, hidden: Tensor, call: Call, partners: "Partners | None" = None) -> Partners:
+    """Put the sensitive hidden channels of a block first; returns who goes with whom (for the next block).
+
+    A channel's sensitivity: what its consumer makes of it, mean x^2 |w|^2.
+    """
+    partners = hidden_partners(block, hidden, call) if partners is None else partners
+    inputs = all_inputs(block, [consumer for _, consumer in partners], hidden, *call)[0]
+    for producers, consumer in partners:
+        energy = inputs[consumer].flatten(0, -2).square().mean(0)
+        score = layer_matrix(block.get_submodule(consumer)).square() * energy
+        permute_hidden(block, producers, consumer, by_importance([], [score]))
+    return partners
 
 
 # -- heads

@@ -36,6 +36,7 @@ from lowbit.pipeline.fold import find_producer, fold
 from lowbit.pipeline.forwards import SequentialForwards
 from lowbit.pipeline.gradients import gather_gradients
 from lowbit.pipeline.memory import Plan, Sizes, make_plan, release_memory
+from lowbit.pipeline.reorder import Partners, arrange
 from lowbit.recipe import Recipe
 from lowbit.solvers import Solution
 from lowbit.sources import ModelSource, check_finite, drop, set_tensor
@@ -70,6 +71,7 @@ class Walk:
         self.calls: list[tuple[tuple, dict[str, Any]]] = []
         self.producers: dict[tuple[str, ...], str | None] = {}
         self.entering: list[Tensor] = []
+        self.partners: Partners | None = None  # whose hidden channels can be reordered together
         self.own: dict[str, LayerStatistics] = {}  # of layers of this block that have statistics of their own
         self.check_shapes()
 
@@ -222,6 +224,8 @@ class Walk:
         if self.windows is None:
             return self._solve_group(i, block, list(linear_layers(block)), None)
         groups = input_groups(block, hidden[0], *self.calls[i])
+        if self.recipe.solver.reorders:
+            self.partners = arrange(block, hidden[0], self.calls[i], self.partners)
         unused = [n for n in linear_layers(block) if n not in {m for g in groups for m in g}]
         self._check_unused(i, unused)
         if self.recipe.solver.smooth is not None:
@@ -364,7 +368,7 @@ class Walk:
             fmt = self.recipe.format_for(full)
             if fmt is not None:
                 alone = not shared or fmt.blocks.rows != 1 or fmt.scale_dtype in ("double", "q3x16")
-                alone = alone or name in self.own
+                alone = alone or name in self.own or self.recipe.solver_for(full)[0].alone
                 key = name if alone else (fmt, self.recipe.solver_for(full)[0].name)
                 stacks.setdefault(key, ([], fmt))[0].append(name)
         return list(stacks.values())

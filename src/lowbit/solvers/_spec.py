@@ -89,6 +89,8 @@ class Spec:
     uses_gram: whether it takes a Gram matrix of another kind (output-adaptive statistics) as well
     widths:  the only bits the method has; empty for all
     options: the keyword defaults that `--set` and recipes may change
+    alone: each layer is solved by itself, never stacked with those that share its input
+    reorders: a block's hidden channels are reordered, sensitive ones first, before its layers are solved
     """
 
     name: str
@@ -105,6 +107,8 @@ class Spec:
     group: int = 64
     uses_gram: bool = False
     widths: tuple[int, ...] = ()
+    alone: bool = False
+    reorders: bool = False
 
     def default_format(self, bits: int, group: int) -> Format:
         """The method's own format at a width and group size (-1: one group per row).
