@@ -54,7 +54,7 @@ def test_the_peak_counts_its_products() -> None:
 
 
 def test_rows_of_kernels() -> None:
-    found = bench_kernels([Shape(1, 64, 48), Shape(3, 32, 16)], ["uint4", "ternary"], [1, 2], 32, seconds=0.0)
+    found = bench_kernels([Shape(1, 64, 48), Shape(3, 32, 16)], ["uint4", "ternary"], (), [1, 2], 32, seconds=0.0)
     rows = found["rows"]
     assert len(rows) == 2 * 2 * 2 * 2 * 2 and len(found["machine"]) == 2
     for r in rows:
@@ -68,6 +68,23 @@ def test_rows_of_kernels() -> None:
         Shape.parse("2048x2048")
     with pytest.raises(FormatError):
         bench_kernels([Shape(1, 32, 8)], ["uint44"], seconds=0.0)
+
+
+def test_rows_of_exceptions_and_of_signs() -> None:
+    shape = Shape(1, 64, 48)
+    rows = bench_kernels([shape], ["uint2+6.5%", "uint2"], [shape], group=32, buffers=["resident"], seconds=0.0)["rows"]
+    by = {(r["format"], r["activations"]): r for r in rows}
+    assert len(by) == len(rows) == 5
+    for how in ("int8", "float"):
+        dense, more = by["uint2-g32", how], by["uint2-g32+6.5%", how]
+        assert more["times_dense"] == pytest.approx(more["ms"] / dense["ms"]) and dense["times_dense"] is None
+        assert more["bits"] > dense["bits"] and more["bytes"] > dense["bytes"]
+    signs = by["signs", "sign"]
+    assert signs["op"] == "binary_linear" and signs["bits"] == 1 and signs["fraction_of_peak"] is None
+    assert signs["speedup"] == pytest.approx(signs["torch_ms"] / signs["ms"])
+    for text in ("uint2+", "uint2+x", "uint2+60%"):
+        with pytest.raises(RecipeError, match="Write for example"):
+            bench_kernels([shape], [text], seconds=0.0)
 
 
 def test_rows_of_convolutions() -> None:

@@ -143,3 +143,21 @@ def test_the_self_check_refuses_a_wrong_row(monkeypatch: pytest.MonkeyPatch) -> 
             module._checked_isa()
     finally:
         module._agrees.cache_clear()
+
+
+def test_doctor_lists_the_rows_and_finds_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [r for r in kernels.rows() if r["op"] == "sparse_linear"]
+    assert [r["isa"] for r in listed if r["selfcheck"] == "ok"] == ROWS
+    assert [r["isa"] for r in listed if r["active"]] == [kernels.isa_of("sparse_linear")]
+    right = module.sparse_linear
+
+    def wrong(x: torch.Tensor, y: torch.Tensor, s: Sparse, isa: "str | None" = None) -> None:
+        right(x, y, s, isa)
+        if isa == ROWS[0]:
+            y[0, 0] += 1
+
+    if ROWS[0] != "scalar":
+        monkeypatch.setattr(module, "sparse_linear", wrong)
+        module._agrees.cache_clear()
+        assert [r["selfcheck"] for r in module.rows() if r["isa"] == ROWS[0]] == ["failed"]
+        module._agrees.cache_clear()

@@ -27,7 +27,10 @@ def kernels(
     shape: Annotated[
         list[str] | None, typer.Option(help="Tokens x inputs x outputs, as 1x2048x2048. Repeatable.")
     ] = None,
-    fmt: Annotated[list[str] | None, typer.Option("--format", help="A level set, as uint4. Repeatable.")] = None,
+    fmt: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Levels, as uint4; uint2+5% with exceptions; signs. Repeatable."),
+    ] = None,
     group: Annotated[int, typer.Option(help="Weights that share a scale; -1 for a row.")] = 128,
     threads: Threads = None,
     buffers: Annotated[
@@ -129,14 +132,16 @@ def _ways(activations: "list[str] | None") -> list[str]:
 
 def _kernels(sh: Shell, shape: Any, fmt: Any, group: int, counts: list[int], buffers: Any, ways: list[str],
              seconds: float, step: Any) -> dict[str, Any]:  # fmt: skip
-    from lowbit.bench.kernels import BUFFERS, FORMATS, SHAPES, Shape, bench_kernels
+    from lowbit.bench.kernels import BUFFERS, FORMATS, SHAPES, SIGN_SHAPES, SIGNS, Shape, bench_kernels
     from lowbit.errors import RecipeError
 
     shapes = [Shape.parse(s) for s in shape] if shape else SHAPES
     kinds = buffers or list(BUFFERS)
     if wrong := [b for b in kinds if b not in BUFFERS]:
         raise RecipeError(f"--buffers {wrong[0]} is unknown. Use {' or '.join(BUFFERS)}.")
-    found = bench_kernels(shapes, fmt or FORMATS, counts, group, kinds, ways, seconds, progress=step)
+    formats = [f for f in fmt or FORMATS if f != SIGNS]
+    signs = shapes if SIGNS in (fmt or ()) else () if fmt or shape else SIGN_SHAPES
+    found = bench_kernels(shapes if formats else (), formats, signs, counts, group, kinds, ways, seconds, step)
     return {"what": "kernels", "cpu": _cpu(), "moved": None, **found}
 
 
@@ -214,17 +219,19 @@ def _show(sh: Shell, what: str, found: dict[str, Any]) -> None:
         sh.table(columns, [_conv_cells(r) for r in found["rows"]])
         return
     columns = ["shape", "buffers", ">threads", "format", "activations", "row", ">ms", ">x torch", ">x bf16", ">x ORT",
-               ">GMAC/s", ">of peak", ">GB/s", ">of copy"]  # fmt: skip
+               ">x dense", ">GMAC/s", ">of peak",
+               ">GB/s", ">of copy"]  # fmt: skip
     sh.table(columns, [
         (f"{r['m']}x{r['k']}x{r['n']}", r["buffers"], r["threads"], r["format"], r["activations"], r["isa"],
          f"{r['ms']:.3f}", _times(r["speedup"]), _times(r["bf16_speedup"]), _times(r["onnxruntime_speedup"]),
-         f"{r['gmacs_per_second']:.1f}", f"{100 * r['fraction_of_peak']:.0f} %", f"{r['gbytes_per_second']:.1f}",
+         _times(r["times_dense"]),
+         f"{r['gmacs_per_second']:.1f}", _percent(r["fraction_of_peak"]), f"{r['gbytes_per_second']:.1f}",
          f"{100 * r['fraction_of_copy']:.0f} %") for r in found["rows"]
     ])  # fmt: skip
 
 
 def _conv_cells(r: dict[str, Any]) -> tuple[Any, ...]:
-    peak = "" if r["fraction_of_peak"] is None else f"{100 * r['fraction_of_peak']:.0f} %"
+    peak = _percent(r["fraction_of_peak"])
     times = f"{r['ms']:.3f}", f"{r['torch_ms']:.3f}", _times(r["speedup"]), f"{r['gmacs_per_second']:.1f}", peak
     return (r["shape"], r["threads"], r["format"], r["activations"], r["isa"], *times)
 
@@ -239,6 +246,10 @@ def _decode_cells(r: dict[str, Any]) -> tuple[Any, ...]:
         *rates,
         _times(r["decode_against_llama_cpp"]),
     )
+
+
+def _percent(share: "float | None") -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
 
 
 def _times(ratio: "float | None") -> str:

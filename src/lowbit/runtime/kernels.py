@@ -42,9 +42,9 @@ def rows() -> list[dict[str, Any]]:
                 for family in FAMILIES:
                     check = ("ok" if _agrees(op, family, isa) else "failed") if supported else "not supported"
                     out.append({"op": op, "format": family, "isa": isa, "active": isa == active, "selfcheck": check})
-    from lowbit.runtime import binary_kernels, conv_kernels  # which are built on this file
+    from lowbit.runtime import binary_kernels, conv_kernels, sparse  # which are built on this file
 
-    return out + binary_kernels.rows() + conv_kernels.rows()
+    return out + sparse.rows() + binary_kernels.rows() + conv_kernels.rows()
 
 
 def active_isa() -> str:

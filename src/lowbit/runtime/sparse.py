@@ -12,7 +12,7 @@ to 15 bits there.
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,6 +67,19 @@ def row_factors(row: Tensor, value: Tensor, rows: int) -> Tensor:
 def sparse_linear(x: Tensor, y: Tensor, s: Sparse, isa: "str | None" = None) -> None:
     """y (M, N) += x (M, K) @ S.T, in place; float32, contiguous, on the CPU."""
     kernels._call(kernels._extension().sparse_linear, x, *s, y, kernels._threads(), isa or _checked_isa())
+
+
+def rows() -> list[dict[str, Any]]:
+    """As `kernels.rows`, of the exceptions."""
+    active = kernels.isa_of("sparse_linear")
+    table = [(isa, supported) for op, isa, supported in kernels._extension().table() if op == "sparse_linear"]
+    return [
+        {
+            "op": "sparse_linear", "format": "exceptions", "isa": isa, "active": isa == active,
+            "selfcheck": ("ok" if _agrees(isa) else "failed") if supported else "not supported",
+        }
+        for isa, supported in table
+    ]  # fmt: skip
 
 
 def _checked_isa() -> str:
