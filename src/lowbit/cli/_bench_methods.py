@@ -1,5 +1,6 @@
-"""`lowbit bench methods`: the options, what a person reads, the report."""
+"""`lowbit bench methods` and `lowbit bench claims`: the options, what a person reads, the reports."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,5 +71,29 @@ def _show(sh: Shell, request: Any, code: int) -> None:
     result: dict[str, Any] = {"what": "methods", "protocol": vars(protocol), "rows": found, "whole": code == 0}
     result |= {"out": str(request.out), "report": str(write_methods_report(request.out, vars(protocol), found))}
     sh.table(COLUMNS, [cells(r) for r in found])
+    sh.say(f"Report: {result['report']}")
+    sh.result(result)
+
+
+def claims(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for claims.json and report.html.")] = Path("claims"),
+    only: Annotated[list[str] | None, typer.Option(help="One claim by name. Repeatable; all if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show or refute what the training papers claim, on toys, with a plot each. A few minutes, no download."""
+    from lowbit.bench.claims import CLAIMS
+    from lowbit.errors import RecipeError, near_names
+    from lowbit.report.claims_page import write_claims_report
+
+    sh, found = shell(), []
+    for name in only or CLAIMS:
+        if name not in CLAIMS:
+            raise RecipeError(f"unknown claim {name!r}. {near_names(name, tuple(CLAIMS))}")
+    for name in only or CLAIMS:
+        c = CLAIMS[name]()
+        found.append(c)
+        sh.say(f"{'shown' if c['shown'] else 'NOT SHOWN'}: {c['said']}. {c['source']}\n    {c['seen']}")
+    result = {"what": "claims", "claims": found, "out": str(out), "report": str(write_claims_report(out, found))}
+    (out / "claims.json").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     sh.say(f"Report: {result['report']}")
     sh.result(result)
