@@ -48,15 +48,16 @@ def solve(
     hooks = GridHooks(fmt, *w.shape, static=static_groups or act_order, importance=importance)
     loop = solve_columns(w, statistics.gram, hooks, damping=damping, act_order=act_order, block=block)
     notes = {"damping": loop.damping, "dead": loop.dead}
-    solution = _refitted(w, Solution(hooks.result_codes(), hooks.grid, fmt, notes), statistics.gram, refit)
+    solution = refitted_solution(w, Solution(hooks.result_codes(), hooks.grid, fmt, notes), statistics.gram, refit)
     for _ in range(sweeps if hooks.static else 0):
         hooks.use(solution.grid)
         descend(w, solution.w_hat(), statistics.gram, hooks, damping=loop.damping)
-        solution = _refitted(w, Solution(hooks.result_codes(), hooks.grid, fmt, notes), statistics.gram, refit)
+        solution = refitted_solution(w, Solution(hooks.result_codes(), hooks.grid, fmt, notes), statistics.gram, refit)
     return solution
 
 
-def _refitted(w: Tensor, found: Solution, gram: Tensor, refit: bool) -> Solution:
+def refitted_solution(w: Tensor, found: Solution, gram: Tensor, refit: bool) -> Solution:
+    """The solution with the closed-form scales of its codes, where its format has free ones."""
     fmt = found.format
     coded = Coded(found.codes, found.grid, fmt)
     if not (refit and coded.can_refit):

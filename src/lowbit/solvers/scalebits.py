@@ -4,8 +4,9 @@
               -<G_t, D> - tr D H_tt D^T,   D = Q_b(W)_t - Q_t,   G = 2 (Q - W) H       (exact for the layer's outputs)
     greedy    the widest average that `average` allows, then swaps in batches: accepted if tr (W-Q) H (W-Q)^T fell,
               and scored anew at the point that was reached (`allocate.scalebits`)
-    codes     error feedback on the grids that were chosen; `feedback=false` leaves the nearest levels. With feedback an
-              error costs 1 / U_jj^2 instead of H, what the columns after it cannot make up for
+    codes     error feedback, closed-form scales and sweeps as in gptq, on the grids that were chosen; an error then
+              costs 1 / U_jj^2 instead of H, what the columns after it cannot make up for. `feedback=false`: the
+              nearest levels
 
 Tiles are as wide as the format's groups and at most 64 rows high, as the kernel for tiles takes them. Before the layers
 of a block are solved its hidden channels are reordered, sensitive ones first, and folded into their neighbours, so that
@@ -28,6 +29,7 @@ from lowbit.formats import Format, Grid, QuantizedTensor, decode, encode, fit, f
 from lowbit.formats.masks import TILE_COLS
 from lowbit.solvers import gptq
 from lowbit.solvers._columns import GridHooks, inverse_cholesky, solve_columns
+from lowbit.solvers._descent import descend
 from lowbit.solvers._spec import Solution, Spec
 from lowbit.statistics import LayerStatistics, drift_target
 
@@ -45,6 +47,7 @@ def solve(
     drift: bool = True,
     feedback: bool = True,
     rounds: int = 12,
+    sweeps: int = 2,
 ) -> Solution:
     """Quantize w (out, in); average: code bits a weight. Raises RecipeError without statistics."""
     if statistics is None:
@@ -63,7 +66,14 @@ def solve(
     if feedback:
         hooks = TileHooks(fmt, w.shape, grid, tiles.top(choice))
         loop = solve_columns(w, statistics.gram, hooks, damping=damping, act_order=True)
-        codes, notes = hooks.result_codes(), notes | {"damping": loop.damping, "dead": loop.dead}
+        notes |= {"damping": loop.damping, "dead": loop.dead}
+        found = gptq.refitted_solution(w, Solution(hooks.result_codes(), grid, fmt, notes), statistics.gram, True)
+        for _ in range(sweeps):
+            hooks.use(found.grid)
+            descend(w, found.w_hat(), statistics.gram, hooks, damping=loop.damping)
+            now = Solution(hooks.result_codes(), found.grid, fmt, notes)
+            found = gptq.refitted_solution(w, now, statistics.gram, True)
+        codes, grid = found.codes, found.grid
     return TiledSolution(codes, grid, fmt, notes, (), choice, tiles)
 
 
@@ -177,10 +187,12 @@ class TileHooks(GridHooks):
 
     def __init__(self, fmt: Format, shape: torch.Size, grid: Grid, top: Tensor) -> None:
         super().__init__(fmt, *shape, static=True)
+        self.round_zero, self.most = fmt.zero == "int", top.T.contiguous()
+        self.use(grid)
+
+    def use(self, grid: Grid) -> None:
         assert grid.zero is not None
-        self.given, self.round_zero = grid, fmt.zero == "int"
-        self.step, self.zero = (t.reshape(shape[0], -1).T.contiguous() for t in (grid.scale, grid.zero))
-        self.most = top.T.contiguous()
+        self.step, self.zero = (t.reshape(len(self.most[0]), -1).T.contiguous() for t in (grid.scale, grid.zero))
 
     def start(self, w: Tensor, order: Tensor, u: Tensor) -> None:
         self.order, self.group_of = order, (order // self.cols).tolist()
@@ -225,7 +237,7 @@ SPEC = Spec(
     solve=solve,
     format="uint{bits}-{blocks}-search",
     needs_data=True,
-    options={"average": 2.5, "damping": 0.1, "drift": True, "feedback": True, "rounds": 12},
+    options={"average": 2.5, "damping": 0.1, "drift": True, "feedback": True, "rounds": 12, "sweeps": 2},
     widths=(4,),
     alone=True,
     reorders=True,
