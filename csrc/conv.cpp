@@ -13,6 +13,76 @@
 namespace lowbit {
 namespace {
 
+// Two taps of a depthwise convolution at once: int16 pairs of neighbouring taps times pairs of weights, added up in
+// int32. Sums holds kDepth channels in the order that the unpacking leaves them; a missing second tap is null.
+#if LOWBIT_X86
+namespace scalar {
+constexpr int64_t kDepth = 8;
+struct Sums {
+  int32_t of[kDepth];
+};
+Sums zero_sums() { return {}; }
+void add_taps(Sums& acc, const int8_t* q0, const int8_t* q1, const int8_t* w0, const int8_t* w1) {
+  for (int64_t c = 0; c < kDepth; ++c) acc.of[c] += q0[c] * w0[c] + (q1 ? q1[c] * w1[c] : 0);
+}
+void store_sums(const Sums& acc, const float* scale, float scale_x, float* out) {
+  for (int64_t c = 0; c < kDepth; ++c) out[c] = static_cast<float>(acc.of[c]) * (scale_x * scale[c]);
+}
+}  // namespace scalar
+
+namespace avx2 {
+constexpr int64_t kDepth = 16;
+struct Sums {
+  __m256i low, high;  // channels 0-3 and 8-11; 4-7 and 12-15
+};
+LOWBIT_AVX2_INLINE Sums zero_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+LOWBIT_AVX2_INLINE __m256i wide(const int8_t* p) {
+  return p ? _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) : _mm256_setzero_si256();
+}
+LOWBIT_AVX2_INLINE void add_taps(Sums& acc, const int8_t* q0, const int8_t* q1, const int8_t* w0, const int8_t* w1) {
+  const __m256i a = wide(q0), b = wide(q1), v = wide(w0), w = wide(w1);
+  acc.low = _mm256_add_epi32(acc.low, _mm256_madd_epi16(_mm256_unpacklo_epi16(a, b), _mm256_unpacklo_epi16(v, w)));
+  acc.high = _mm256_add_epi32(acc.high, _mm256_madd_epi16(_mm256_unpackhi_epi16(a, b), _mm256_unpackhi_epi16(v, w)));
+}
+LOWBIT_AVX2_INLINE void store_sums(const Sums& acc, const float* scale, float scale_x, float* out) {
+  const __m256i part[2] = {_mm256_permute2x128_si256(acc.low, acc.high, 0x20),
+                           _mm256_permute2x128_si256(acc.low, acc.high, 0x31)};
+  for (int i = 0; i < 2; ++i) {
+    const __m256 by = _mm256_mul_ps(_mm256_set1_ps(scale_x), _mm256_loadu_ps(scale + 8 * i));
+    _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(_mm256_cvtepi32_ps(part[i]), by));
+  }
+}
+}  // namespace avx2
+
+namespace avx512 {
+#define LOWBIT_FN LOWBIT_AVX512_INLINE_WITH("avx512vnni")
+constexpr int64_t kDepth = 32;
+struct Sums {
+  __m512i low, high;  // of each eight channels the first four; the last four
+};
+LOWBIT_FN Sums zero_sums() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+LOWBIT_FN __m512i wide(const int8_t* p) {
+  return p ? _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) : _mm512_setzero_si512();
+}
+LOWBIT_FN void add_taps(Sums& acc, const int8_t* q0, const int8_t* q1, const int8_t* w0, const int8_t* w1) {
+  const __m512i a = wide(q0), b = wide(q1), v = wide(w0), w = wide(w1);
+  acc.low = _mm512_dpwssd_epi32(acc.low, _mm512_unpacklo_epi16(a, b), _mm512_unpacklo_epi16(v, w));
+  acc.high = _mm512_dpwssd_epi32(acc.high, _mm512_unpackhi_epi16(a, b), _mm512_unpackhi_epi16(v, w));
+}
+LOWBIT_FN void store_sums(const Sums& acc, const float* scale, float scale_x, float* out) {
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const __m512i part[2] = {_mm512_permutex2var_epi32(acc.low, first, acc.high),
+                           _mm512_permutex2var_epi32(acc.low, second, acc.high)};
+  for (int i = 0; i < 2; ++i) {
+    const __m512 by = _mm512_mul_ps(_mm512_set1_ps(scale_x), _mm512_loadu_ps(scale + 16 * i));
+    _mm512_storeu_ps(out + 16 * i, _mm512_mul_ps(_mm512_cvtepi32_ps(part[i]), by));
+  }
+}
+#undef LOWBIT_FN
+}  // namespace avx512
+#endif
+
 namespace scalar {
 #define LOWBIT_FN
 #include "conv_rows.inc"
@@ -65,6 +135,26 @@ struct Frame {
         scale(room(scales, c.batch)) {}
 };
 
+constexpr int64_t kSquare = 16;
+
+// to[i * step + j] = from[j * ld + i] for i < count <= 16 and j < 16; 16 bytes of each line are read.
+void turn(const int8_t* from, int64_t ld, int64_t count, int8_t* to, int64_t step) {
+#if LOWBIT_X86
+  __m128i v[2][16];
+  for (int j = 0; j < 16; ++j) v[0][j] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j * ld));
+  for (int round = 0; round < 4; ++round)  // lines j and j + 8 interleaved, four times: rows become columns
+    for (int j = 0; j < 8; ++j) {
+      const __m128i a = v[round & 1][j], b = v[round & 1][j + 8];
+      v[~round & 1][2 * j] = _mm_unpacklo_epi8(a, b);
+      v[~round & 1][2 * j + 1] = _mm_unpackhi_epi8(a, b);
+    }
+  for (int64_t i = 0; i < count; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i * step), v[0][i]);
+#else
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < kSquare; ++j) to[i * step + j] = from[j * ld + i];
+#endif
+}
+
 // One row of an image, floats of any strides, to q [count, c].
 void quantize_row(const ConvRow& r, const IntImage& in, const float* x, int64_t count, int64_t c, float scale,
                   const IntQuantizer& to, int8_t* q) {
@@ -73,9 +163,10 @@ void quantize_row(const ConvRow& r, const IntImage& in, const float* x, int64_t 
     for (int64_t i = 0; i < count; ++i) r.quantize(x + i * in.pixel_stride, c, scale, to.low, to.high, q + i * c);
     return;
   }
-  thread_local std::vector<int8_t> line;
+  thread_local std::vector<int8_t> lines;
   thread_local std::vector<float> dense;
-  int8_t* tmp = room(line, count);
+  const int64_t ld = ceil_div(count, kSquare) * kSquare;
+  int8_t* tmp = room(lines, c * ld);
   for (int64_t j = 0; j < c; ++j) {
     const float* from = x + j * in.channel_stride;
     if (in.pixel_stride != 1) {
@@ -83,9 +174,15 @@ void quantize_row(const ConvRow& r, const IntImage& in, const float* x, int64_t 
       for (int64_t i = 0; i < count; ++i) copy[i] = from[i * in.pixel_stride];
       from = copy;
     }
-    r.quantize(from, count, scale, to.low, to.high, tmp);
-    for (int64_t i = 0; i < count; ++i) q[i * c + j] = tmp[i];
+    r.quantize(from, count, scale, to.low, to.high, tmp + j * ld);
   }
+  for (int64_t j = 0; j < c && c >= kSquare; j += kSquare) {
+    const int64_t j0 = std::min(j, c - kSquare);  // the last square overlaps the one before
+    for (int64_t i = 0; i < count; i += kSquare)
+      turn(tmp + j0 * ld + i, ld, std::min(kSquare, count - i), q + i * c + j0, c);
+  }
+  for (int64_t i = 0; i < count && c < kSquare; ++i)
+    for (int64_t j = 0; j < c; ++j) q[i * c + j] = tmp[j * ld + i];
 }
 
 uint32_t most_of(const ConvRow& r, const IntConv& c, const IntImage& in, const float* x) {
