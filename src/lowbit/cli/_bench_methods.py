@@ -1,4 +1,4 @@
-"""`lowbit bench methods` and `lowbit bench claims`: the options, what a person reads, the reports."""
+"""`lowbit bench methods`, `tasks` and `claims`: the options, what a person reads, the reports."""
 
 import json
 from pathlib import Path
@@ -73,6 +73,38 @@ def _show(sh: Shell, request: Any, code: int) -> None:
     sh.table(COLUMNS, [cells(r) for r in found])
     sh.say(f"Report: {result['report']}")
     sh.result(result)
+
+
+def tasks(
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder with one training a cell.")] = Path("tasks"),
+    task: Annotated[list[str] | None, typer.Option(help="digits, cifar10 or shakespeare. Repeatable.")] = None,
+    architecture: Annotated[list[str] | None, typer.Option(help="resnet, mlp, vit, lstm or gpt. Repeatable.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="fp32, w1, w1-parq, ternary, w3-s3, w4-lsq or w1a1. Repeatable.")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="TASK=PATH", help="Data of a task. Repeatable.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each cell.")] = 1,
+    epochs: Annotated[int | None, typer.Option(min=1, help="For all cells, instead of each task's own.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps of tiny networks, to see that all run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare methods over tasks and architectures: a small training in every cell that makes sense.
+
+        lowbit bench tasks                                                  the digits, no download, minutes
+        lowbit bench tasks --data cifar10=cifar10/ --data shakespeare=input.txt --seeds 3
+
+    What is left out means all. Type it again to go on; a cell that fails is a row with its reason.
+    """
+    from lowbit.bench.cells import cells, run_cells
+    from lowbit.cli._values import parse_settings
+
+    sh = shell()
+    sh.hint_on_interrupt = "Type the same command again to go on."
+    chosen = list(cells(task or (), architecture or (), method or ()))
+    where = {name: str(path) for name, path in parse_settings(data).items()}
+    rows = run_cells(out, chosen, where, seeds, sh.say, quick, epochs=epochs, device=device)
+    sh.result({"what": "tasks", "rows": rows, "out": str(out)})
 
 
 def claims(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli._bench_methods import claims, methods
+from lowbit.cli._bench_methods import claims, methods, tasks
 from lowbit.cli._shell import Json, Shell, jsonable, shell
 
 ORDER = 85
@@ -102,7 +102,7 @@ def decode(
     _finish(sh, found, save, against)
 
 
-COMMANDS = {"kernels": kernels, "conv": conv, "decode": decode, "methods": methods, "claims": claims}
+COMMANDS = {"kernels": kernels, "conv": conv, "decode": decode, "methods": methods, "tasks": tasks, "claims": claims}
 
 
 def _finish(sh: Shell, found: dict[str, Any], save: "Path | None", against: "Path | None") -> None:
