@@ -75,6 +75,8 @@ def test_the_command_keeps_what_is_finished_and_shows_what_failed(tmp_path: Path
     again = json.loads(CliRunner().invoke(app, words).stdout)
     assert again["rows"][0] == digits
     assert (tmp_path / "digits-mlp-ternary" / "train.json").stat().st_mtime_ns == stamp
+    plain = CliRunner().invoke(app, [w for w in words if w != "--json"]).stdout.splitlines()
+    assert plain[-3].split() == ["task", "network", "ternary"] and plain[-1].split()[-1] == "failed"
 
 
 def test_unknown_names() -> None:

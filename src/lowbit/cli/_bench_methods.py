@@ -104,7 +104,18 @@ def tasks(
     chosen = list(cells(task or (), architecture or (), method or ()))
     where = {name: str(path) for name, path in parse_settings(data).items()}
     rows = run_cells(out, chosen, where, seeds, sh.say, quick, epochs=epochs, device=device)
+    networks = list(dict.fromkeys((r["task"], r["architecture"]) for r in rows))
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    by_cell = {(r["task"], r["architecture"], r["method"]): r for r in rows}
+    sh.table(
+        ["task", "network", *(f">{m}" for m in methods)],
+        [(*n, *(_accuracy(by_cell.get((*n, m))) for m in methods)) for n in networks],
+    )
     sh.result({"what": "tasks", "rows": rows, "out": str(out)})
+
+
+def _accuracy(row: "dict[str, Any] | None") -> str:
+    return "" if row is None else "failed" if row["error"] else f"{100 * row['accuracy']:.2f}"
 
 
 def claims(
