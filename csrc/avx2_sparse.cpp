@@ -26,7 +26,7 @@ LOWBIT_AVX2 void many(const Places& s, const float* xt, int64_t n0, int64_t n1, 
       }
       for (int v = 0; v < V; ++v) total[v] = _mm256_add_ps(total[v], acc[v]);
     }
-    for (int v = 0; v < V; ++v) _mm256_storeu_ps(yt + n * kSparseTokens + 8 * v, total[v]);
+    for (int v = 0; v < V; ++v) _mm256_storeu_ps(yt + (n - n0) * kSparseTokens + 8 * v, total[v]);
   }
 }
 

@@ -34,33 +34,36 @@ struct Offsets {
   }
 };
 
-void few_scalar(const Steps& s, const float* x, int64_t p0, int64_t p1, float* y) {
+void few_scalar(const Steps& s, const float* const* xs, int64_t tokens, int64_t p0, int64_t p1, float* y) {
   const float* values = static_cast<const float*>(s.value);
-  for (int64_t p = p0; p < p1; ++p)
-    for (int64_t r = 0; r < std::min(Steps::kRows, s.h.n - p * Steps::kRows); ++r) {
+  for (int64_t t = 0; t < tokens; ++t, y += s.h.n)
+    for (int64_t n = p0 * Steps::kRows; n < std::min(p1 * Steps::kRows, s.h.n); ++n) {
+      const int64_t p = n / Steps::kRows;
       double acc = 0;
       for (int64_t i = s.first[p]; i < s.first[p + 1]; ++i) {
-        const int64_t at = i * Steps::kRows + r;
-        acc += static_cast<double>(values[at]) * x[s.column[i] + s.offset[at]];
+        const int64_t at = i * Steps::kRows + n % Steps::kRows;
+        acc += static_cast<double>(values[at]) * xs[t][s.column[i] + s.offset[at]];
       }
-      y[p * Steps::kRows + r] += static_cast<float>(acc);
+      y[n] += static_cast<float>(acc);
     }
 }
 
 // |sum| <= 2^15 * 127 * 2^31 places < 2^53: exact as a double too.
-void few_int_scalar(const Steps& s, const Digits& x, int64_t p0, int64_t p1, float* y) {
+void few_int_scalar(const Steps& s, const Digits* xs, int64_t tokens, int64_t p0, int64_t p1, float* y) {
   const int8_t* values = static_cast<const int8_t*>(s.value);
-  for (int64_t p = p0; p < p1; ++p) {
-    int64_t acc[Steps::kRows] = {};
-    for (int64_t i = s.first[p]; i < s.first[p + 1]; ++i)
-      for (int64_t at = i * 64; at < i * 64 + 64; ++at) {
-        const int64_t k = s.column[i] + s.offset[at];
-        acc[at / 4 % Steps::kRows] += ((x.d[0][k] << 7) + x.d[1][k]) * values[at];
-      }
-    for (int64_t r = 0, n = p * Steps::kRows; r < Steps::kRows && n < s.h.n; ++r, ++n)
-      y[n] += static_cast<float>(static_cast<double>(acc[r] - s.sum[n] * (1 << 14)) *
-                                 (static_cast<double>(x.scale) * s.factor[n]));
-  }
+  for (int64_t t = 0; t < tokens; ++t, y += s.h.n)
+    for (int64_t p = p0; p < p1; ++p) {
+      const Digits& x = xs[t];
+      int64_t acc[Steps::kRows] = {};
+      for (int64_t i = s.first[p]; i < s.first[p + 1]; ++i)
+        for (int64_t at = i * 64; at < i * 64 + 64; ++at) {
+          const int64_t k = s.column[i] + s.offset[at];
+          acc[at / 4 % Steps::kRows] += ((x.d[0][k] << 7) + x.d[1][k]) * values[at];
+        }
+      for (int64_t r = 0, n = p * Steps::kRows; r < Steps::kRows && n < s.h.n; ++r, ++n)
+        y[n] += static_cast<float>(static_cast<double>(acc[r] - s.sum[n] * (1 << 14)) *
+                                   (static_cast<double>(x.scale) * s.factor[n]));
+    }
 }
 
 void many_scalar(const Places& s, const float* xt, int64_t n0, int64_t n1, float* yt) {
@@ -69,12 +72,12 @@ void many_scalar(const Places& s, const float* xt, int64_t n0, int64_t n1, float
     for (int64_t i = s.start[n]; i < s.start[n + 1]; ++i)
       for (int64_t m = 0; m < kSparseTokens; ++m)
         acc[m] += static_cast<double>(s.value[i]) * xt[s.column[i] * kSparseTokens + m];
-    for (int64_t m = 0; m < kSparseTokens; ++m) yt[n * kSparseTokens + m] = static_cast<float>(acc[m]);
+    for (int64_t m = 0; m < kSparseTokens; ++m) yt[(n - n0) * kSparseTokens + m] = static_cast<float>(acc[m]);
   }
 }
 
 struct Buffer {
-  std::vector<float> x, yt;
+  std::vector<float> x;
   std::vector<uint8_t> digits;
 };
 
@@ -111,9 +114,12 @@ Digits digits_of(const float* x, int64_t k, int64_t ld, uint8_t* d) {
   return out;
 }
 
+// Sixteen columns, a line of the cache, of one token after the other: tokens often lie a multiple of the cache's way apart.
 void transpose_in(const float* x, int64_t k, int64_t tokens, float* xt) {
-  for (int64_t i = 0; i < k; ++i)
-    for (int64_t m = 0; m < kSparseTokens; ++m) xt[i * kSparseTokens + m] = m < tokens ? x[m * k + i] : 0.0f;
+  if (tokens < kSparseTokens) std::fill(xt, xt + k * kSparseTokens, 0.0f);
+  for (int64_t i0 = 0; i0 < k; i0 += 16)
+    for (int64_t m = 0; m < tokens; ++m)
+      for (int64_t i = i0; i < std::min(i0 + 16, k); ++i) xt[i * kSparseTokens + m] = x[m * k + i];
 }
 
 }  // namespace
@@ -193,35 +199,40 @@ void sparse_linear(const Places& p, const Steps& s, const float* x, int64_t m, f
   const bool exact = s.h.kind == SparseKind::kFloat;
   if (m < kMany) {
     const int64_t ld = aligned(p.k + Steps::window(s.h.kind)), turns = (s.panels() + kPanels - 1) / kPanels;
-    float* const padded = room(buffer.x, ld);
-    uint8_t* const digits = line(room(buffer.digits, 2 * ld + 64));
-    for (int64_t t = 0; t < m; ++t) {
-      Digits d{};
-      if (exact) {
-        std::copy(x + t * p.k, x + (t + 1) * p.k, padded);
-        std::fill(padded + p.k, padded + ld, 0.0f);
-      } else {
-        d = digits_of(x + t * p.k, p.k, ld, digits);
+    for (int64_t t = 0; t < m; t += kFewTokens) {
+      const int64_t tokens = std::min(kFewTokens, m - t);
+      const float* padded[kFewTokens];
+      Digits digits[kFewTokens];
+      for (int64_t j = 0; j < tokens; ++j) {
+        const float* from = x + (t + j) * p.k;
+        if (exact) {
+          float* to = room(buffer.x, kFewTokens * ld) + j * ld;
+          std::copy(from, from + p.k, to);
+          std::fill(to + p.k, to + ld, 0.0f);
+          padded[j] = to;
+        } else {
+          digits[j] = digits_of(from, p.k, ld, line(room(buffer.digits, kFewTokens * 2 * ld + 64)) + j * 2 * ld);
+        }
       }
       parallel_for(turns, n_threads, [&](int64_t i) {
         const int64_t p0 = i * kPanels, p1 = std::min(p0 + kPanels, s.panels());
-        if (exact) row.few(s, padded, p0, p1, y + t * p.n);
-        else row.few_int(s, d, p0, p1, y + t * p.n);
+        if (exact) row.few(s, padded, tokens, p0, p1, y + t * p.n);
+        else row.few_int(s, digits, tokens, p0, p1, y + t * p.n);
       });
     }
     return;
   }
   float* const xt = room(buffer.x, p.k * kSparseTokens);
-  float* const yt = room(buffer.yt, p.n * kSparseTokens);
   for (int64_t t = 0; t < m; t += kSparseTokens) {
     const int64_t tokens = std::min(kSparseTokens, m - t);
     transpose_in(x + t * p.k, p.k, tokens, xt);
     float* const to = y + t * p.n;
     parallel_for((p.n + kRowsAtOnce - 1) / kRowsAtOnce, n_threads, [&](int64_t i) {
       const int64_t n0 = i * kRowsAtOnce, n1 = std::min(n0 + kRowsAtOnce, p.n);
+      float yt[kRowsAtOnce * kSparseTokens];  // stays in the first cache, as xt does in the second
       row.many(p, xt, n0, n1, yt);
       for (int64_t j = 0; j < tokens; ++j)
-        for (int64_t n = n0; n < n1; ++n) to[j * p.n + n] += yt[n * kSparseTokens + j];
+        for (int64_t n = n0; n < n1; ++n) to[j * p.n + n] += yt[(n - n0) * kSparseTokens + j];
     });
   }
 }

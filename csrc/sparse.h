@@ -65,13 +65,15 @@ struct Digits {
 };
 
 struct SparseRow {
-  // Panels [p0,p1) of one token; x padded by a window of zeros.
-  void (*few)(const Steps&, const float* x, int64_t p0, int64_t p1, float* y);
-  void (*few_int)(const Steps&, const Digits&, int64_t p0, int64_t p1, float* y);
-  // yt [n][kTokens] = S xt for rows [n0,n1), xt [k][kTokens]
+  // Panels [p0,p1) of 1 to kFewTokens tokens, which share what is read of the steps; x[t] padded by a window of zeros,
+  // y [tokens, n].
+  void (*few)(const Steps&, const float* const* x, int64_t tokens, int64_t p0, int64_t p1, float* y);
+  void (*few_int)(const Steps&, const Digits* x, int64_t tokens, int64_t p0, int64_t p1, float* y);
+  // yt [n1-n0][kTokens] = S xt for rows [n0,n1), xt [k][kTokens]
   void (*many)(const Places&, const float* xt, int64_t n0, int64_t n1, float* yt);
 };
-constexpr int64_t kSparseTokens = 64, kPartial = 64;  // tokens of a tile; terms summed before they join the total
+constexpr int64_t kSparseTokens = 32, kPartial = 64;  // tokens of a tile; terms summed before they join the total
+constexpr int64_t kFewTokens = 4;
 using SparseFn = const SparseRow*;
 extern const Table<SparseFn> kSparse;
 extern const SparseRow sparse_scalar, sparse_avx2, sparse_avx512;

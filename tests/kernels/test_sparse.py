@@ -47,11 +47,15 @@ def test_any_shape(isa: str, integer: bool, tokens: int) -> None:
 def test_integer_rows_are_equal_bit_for_bit(isa: str) -> None:
     for i, (n, k, density) in enumerate(SHAPES):
         s, _ = problem(n, k, density, True, i)
-        x, start = torch.randn(2, k), torch.randn(2, n)
-        a, b = start.clone(), start.clone()
-        sparse_linear(x, a, s, isa)
-        sparse_linear(x, b, s, "scalar")
-        assert torch.equal(a, b)
+        for tokens in range(1, 8):
+            x, start = torch.randn(tokens, k), torch.randn(tokens, n)
+            a, b = start.clone(), start.clone()
+            sparse_linear(x, a, s, isa)
+            sparse_linear(x, b, s, "scalar")
+            assert torch.equal(a, b)
+            alone = start[-1:].clone()  # whatever is beside it
+            sparse_linear(x[-1:].contiguous(), alone, s, isa)
+            assert torch.equal(alone[0], a[-1])
 
 
 @EVERY

@@ -226,6 +226,8 @@ class _Packed(nn.Module):
         weight, added = prepared.weight, prepared.sparse
         if self._activations == "int8" and prepared.int8:
             int8, added = prepared.int8[part], prepared.sparse_int8
+            if rows is None and not isinstance(int8, Slabs):
+                return ops.run_int8(x, int8.packed, int8.out_features, added)
             y = int8.product(x) if isinstance(int8, Slabs) else ops.run_int8(x, *int8)
         else:
             weight = weight if rows is None else _rows_of(weight, rows)

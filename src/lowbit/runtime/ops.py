@@ -20,6 +20,7 @@ from torch import Tensor
 from lowbit.errors import KernelError
 from lowbit.runtime import kernels
 from lowbit.runtime.sparse import Sparse
+from lowbit.runtime.sparse import linear_int8 as linear_int8_sparse
 from lowbit.runtime.sparse import sparse_linear as sparse_linear_
 
 _PACKED = "Tensor codes, Tensor {table}, Tensor scale, Tensor zero, int bits"
@@ -52,8 +53,10 @@ def linear_int8(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return _unflat(kernels.linear_int8(_flat(x), packed, out_features), x)
 
 
-def run_int8(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    """`linear_int8`, without torch's dispatcher where nothing watches it: that would take longer than the product."""
+def run_int8(x: Tensor, packed: Tensor, out_features: int, added: "Sparse | None" = None) -> Tensor:
+    """`linear_int8`, then `sparse_add` of exceptions; without torch's dispatcher where nothing watches it: that would
+    take longer than the product.
+    """
     watched = (
         type(x) is not Tensor
         or x.requires_grad
@@ -63,8 +66,10 @@ def run_int8(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
         or torch._C._are_functorch_transforms_active()
     )
     if watched or x.dtype is not torch.float32 or not x.is_contiguous():
-        return linear_int8(x, packed, out_features)
-    y = kernels.linear_int8(x.view(-1, x.shape[-1]), packed, out_features)
+        y = linear_int8(x, packed, out_features)
+        return y if added is None else sparse_add(x, y, *added)
+    flat = x.view(-1, x.shape[-1])
+    y = kernels.linear_int8(flat, packed, out_features) if added is None else linear_int8_sparse(flat, packed, added)
     return y.view(*x.shape[:-1], out_features)
 
 

@@ -69,6 +69,13 @@ def sparse_linear(x: Tensor, y: Tensor, s: Sparse, isa: "str | None" = None) -> 
     kernels._call(kernels._extension().sparse_linear, x, *s, y, kernels._threads(), isa or _checked_isa())
 
 
+def linear_int8(x: Tensor, packed: Tensor, s: Sparse) -> Tensor:
+    """`kernels.linear_int8` and then `sparse_linear`, in one call: x (M, K), y (M, N)."""
+    y = kernels._new(x.shape[0], s.start.shape[0] - 1)
+    kernels._call(kernels._extension().linear_int8_sparse, x, packed, *s, y, kernels._threads(), _checked_isa())
+    return y
+
+
 def rows() -> list[dict[str, Any]]:
     """As `kernels.rows`, of the exceptions."""
     active = kernels.isa_of("sparse_linear")
