@@ -11,7 +11,8 @@ from lowbit.bench.claims import CLAIMS
 from lowbit.cli import app
 
 QUICK = ("random_bias", "reste_equilibrium", "biper_error")
-REFUTED = ("prox_midpoints",)  # at this scale: about as many weights stay near the midpoint
+# at this scale: a batch-norm learns its biases whatever they begin with; as many weights stay near the midpoint
+REFUTED = ("random_bias_convolutions", "prox_midpoints")
 NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CLAIMS]
 
 
