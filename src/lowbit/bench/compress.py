@@ -166,7 +166,7 @@ def frontier_svg(found: Sequence[dict[str, Any]], most: float = 12.0) -> str:
         x = at({"bytes": mb * 1e6, "ppl": floor})[0]
         parts.append(f'<text x="{x:.1f}" y="{height - 28}" font-size="12" text-anchor="middle">{mb}</text>')
     parts.append(f'<text x="{width / 2}" y="{height - 8}" font-size="13" text-anchor="middle">MB of tensors</text>')
-    parts.append(f'<text x="{left}" y="14" font-size="13">perplexity (float {floor:.2f})</text>')
+    parts.append(f'<text x="{left}" y="14" font-size="13">perplexity, logarithmic; least {floor:.2f}</text>')
     points = " ".join("{:.1f},{:.1f}".format(*at(r)) for r in edge)
     parts.append(f'<polyline points="{points}" fill="none" stroke="#0a6" stroke-width="2"/>')
     for row in shown:
