@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-KEYS = ("op", "format", "isa", "threads", "m", "k", "n", "buffers", "what", "activations", "kv_bits")
+KEYS = ("op", "format", "isa", "threads", "m", "k", "n", "buffers", "model", "what", "activations", "kv_bits")
 NOISE = 1.10  # ratios within this are called unchanged
 
 

@@ -27,6 +27,7 @@ SIGNS = "signs"
 BUFFERS = ("rotating", "resident")
 ACTIVATIONS = ("int8", "float")
 MOST = 128  # buffers of one kind
+DERIVED = ("weight", "int8", "sparse", "sparse_int8")  # what a layer's calls read
 OPS = {"int8": "linear_int8", "float": "linear_float"}
 
 
@@ -174,13 +175,21 @@ def _copies(n_bytes: int, kind: str) -> int:
 def _layers(qt: QuantizedTensor, activations: str, kind: str) -> list[PackedLinear]:
     """The same layer in as many places as it takes."""
     first = PackedLinear.from_quantized(qt, activations=activations)
-    first.prepare()
-    out = [first]
+    kept, out = first.prepare(), [first]
     for _ in range(_copies(read_bytes(first), kind) - 1):
         copy = QuantizedTensor.from_tensors(qt.meta(), {k: t.clone() for k, t in qt.tensors().items()})
         out.append(PackedLinear.from_quantized(copy, activations=activations))
-        out[-1].prepare()
+        source = tuple(out[-1]._buffers[key] for key in out[-1]._packed)
+        out[-1]._prepared = kept._replace(source=source, **{key: _cloned(getattr(kept, key)) for key in DERIVED})
     return out
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if not isinstance(value, tuple):
+        return value
+    return getattr(type(value), "_make", tuple)(map(_cloned, value))
 
 
 def read_bytes(layer: PackedLinear) -> int:

@@ -78,7 +78,7 @@ def conv(
 
 
 def decode(
-    model: Annotated[Path | None, typer.Option(help="A compressed folder.")] = None,
+    model: Annotated[list[Path] | None, typer.Option(help="A compressed folder. Repeatable.")] = None,
     float_model: Annotated[str | None, typer.Option(help="Its float model, run by transformers.")] = None,
     gguf: Annotated[list[Path] | None, typer.Option(help="Files for llama.cpp. Repeatable.")] = None,
     prompt_tokens: Annotated[int, typer.Option(min=8, help="Length of the prompt.")] = 256,
@@ -153,7 +153,7 @@ def _conv(shape: Any, fmt: Any, counts: list[int], batch: int, seconds: float, s
     return {"what": "conv", "cpu": _cpu(), "moved": None, **found}
 
 
-def _decode(sh: Shell, model: "Path | None", float_model: "str | None", gguf: "list[Path] | None",
+def _decode(sh: Shell, models: "list[Path] | None", float_model: "str | None", gguf: "list[Path] | None",
             counts: list[int], prompt: int, tokens: int, kv_bits: Any, ways: list[str], no_module: bool,
             step: Any) -> dict[str, Any]:  # fmt: skip
     from lowbit.bench import rivals
@@ -162,23 +162,27 @@ def _decode(sh: Shell, model: "Path | None", float_model: "str | None", gguf: "l
     from lowbit.cli._models import open_runnable
     from lowbit.errors import DataError, RecipeError
 
-    if model is None:
+    if not models:
         raise RecipeError("bench decode needs a compressed model: lowbit bench decode --model OUT.")
     if missing := [p for p in gguf or [] if not p.is_file()]:
         raise DataError(f"{missing[0]} is no file. Give a .gguf file for llama.cpp.")
     if gguf and not rivals.installed("llama_cpp"):
         sh.note('llama.cpp is left out: pip install "lowbit[bench]" brings it.')
     other = open_runnable(float_model).model if float_model else None
-    found = bench_decode(
-        open_runnable(str(model)).model, other, gguf or [], counts, prompt, tokens, kv_bits or [32], ways,
-        not no_module, progress=step,
-    )  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for path in models:
+        found = bench_decode(
+            open_runnable(str(path)).model, other, gguf or [], counts, prompt, tokens, kv_bits or [32], ways,
+            not no_module, progress=step,
+        )  # fmt: skip
+        rows += [{"model": str(path)} | row for row in found["rows"]]
     return {
         "what": "decode",
         "cpu": _cpu(),
         "moved": None,
         "machine": [measure_machine(c).as_dict() for c in counts],
-    } | found
+        "rows": rows,
+    }
 
 
 def _cpu() -> str:
@@ -193,6 +197,7 @@ def _show(sh: Shell, what: str, found: dict[str, Any]) -> None:
                f"{m['int8_gmacs_per_second']:.0f} G int8 products/s ({m['isa']})")  # fmt: skip
     if what == "decode":
         columns = [
+            "model",
             "what",
             "activations",
             ">cache bits",
@@ -239,6 +244,7 @@ def _conv_cells(r: dict[str, Any]) -> tuple[Any, ...]:
 def _decode_cells(r: dict[str, Any]) -> tuple[Any, ...]:
     rates = f"{r['prefill_tokens_per_second']:.0f}", f"{r['decode_tokens_per_second']:.1f}"
     return (
+        r["model"],
         r["what"],
         r["activations"] or "",
         r["kv_bits"] or "",
