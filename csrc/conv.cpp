@@ -228,6 +228,19 @@ void fill_frame(const IntConv& c, const IntImage& in, const ConvRow& r, const Fr
   });
 }
 
+// memcpy of few bytes, in line; the last piece may overlap the one before.
+inline void copy(int8_t* to, const int8_t* from, int64_t n) {
+  if (n >= 16) {
+    for (int64_t i = 0; i + 16 <= n; i += 16) std::memcpy(to + i, from + i, 16);
+    std::memcpy(to + n - 16, from + n - 16, 16);
+  } else if (n >= 8) {
+    std::memcpy(to, from, 8);
+    std::memcpy(to + n - 8, from + n - 8, 8);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  }
+}
+
 // The patches of positions [p0, p0 + m) of one image and group as tokens of a packed matrix.
 Tokens gather(const IntConv& c, const Frame& f, const ConvRow& r, const Segments& seg, const int8_t* image, float scale,
               int64_t group, int64_t p0, int64_t m, TokenBuffer& buffer) {
@@ -237,14 +250,14 @@ Tokens gather(const IntConv& c, const Frame& f, const ConvRow& r, const Segments
   int32_t* sum = room(buffer.sum, m * seg.padded);
   const bool runs = c.groups == 1 && c.dw == 1;  // the taps of one line of the kernel lie together
   const int64_t pieces = runs ? 1 : c.kw, bytes = runs ? c.kw * per : per;
+  int64_t oy = p0 / c.ow, ox = p0 % c.ow;
   for (int64_t i = 0; i < m; ++i) {
-    const int64_t oy = (p0 + i) / c.ow, ox = (p0 + i) % c.ow;
     int8_t* to = q + i * width;
     for (int64_t ky = 0; ky < c.kh; ++ky)
       for (int64_t kx = 0; kx < pieces; ++kx, to += bytes)
-        std::memcpy(to, image + (oy * c.sh + ky * c.dh) * f.row + (ox * c.sw + kx * c.dw) * c.c + group * per,
-                    static_cast<size_t>(bytes));
+        copy(to, image + (oy * c.sh + ky * c.dh) * f.row + (ox * c.sw + kx * c.dw) * c.c + group * per, bytes);
     std::memset(to, 0, static_cast<size_t>(width - used));
+    if (++ox == c.ow) ox = 0, ++oy;
   }
   r.sums(q, seg.length, m * seg.padded, sum);
   std::fill(scales, scales + m * seg.padded, scale);
@@ -254,6 +267,7 @@ Tokens gather(const IntConv& c, const Frame& f, const ConvRow& r, const Segments
 // scalar: v += residual; relu; y and q. `v` is [m, width], of outputs n0 .. n0 + width at position p.
 void finish(const IntConv& c, const IntEpilogue& e, const ConvRow& r, float* v, int64_t p, int64_t m, int64_t n0,
             int64_t width) {
+  if (width == c.n) width *= m, m = 1;  // positions lie one after the other
   for (int64_t i = 0; i < m; ++i, v += width) {
     const int64_t at = (p + i) * c.n + n0;
     if (e.residual)

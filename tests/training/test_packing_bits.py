@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.errors import ArtifactError
 from lowbit.runtime.binary_layers import PackedBinaryConv2d, PackedBinaryLinear
+from lowbit.runtime.fuse import fuse
 from lowbit.runtime.layers import PackedConv2d, PackedLinear
 from lowbit.train.networks import resnet
 
@@ -163,8 +164,16 @@ def test_a_changed_manifest_is_an_error(key: str, value, message: str, tmp_path)
         lowbit.load(tmp_path / "out", model=Net())
 
 
-@pytest.mark.parametrize("block, activations", [("single", "signed_rprelu"), ("pair", "signed")])
-def test_a_trained_network_keeps_its_classes(block: str, activations: str, tmp_path) -> None:
+FLOAT = {"weights": "float"}
+INT8 = {"weights": "int8-channel", "activations": {"method": "lsq", "bits": 7, "signed": True}}
+ENDS = SIGN | {"keep_ends": False, "layers": [{"match": name} | INT8 for name in ("stem", "head", "*shortcut*")]}
+
+
+@pytest.mark.parametrize(
+    "block, activations, recipe",
+    [pytest.param("single", "signed_rprelu", SIGN, marks=pytest.mark.slow), ("single", "signed", ENDS)],
+)
+def test_a_trained_network_keeps_its_classes(block: str, activations: str, recipe: dict, tmp_path) -> None:
     """Digits, a hundred steps: the same class for 99.9 % of the images, logits within 1 % of the largest."""
     from sklearn.datasets import load_digits
 
@@ -172,7 +181,7 @@ def test_a_trained_network_keeps_its_classes(block: str, activations: str, tmp_p
     data = load_digits()
     x, y = torch.from_numpy(data.images).float()[:, None] / 8 - 1, torch.from_numpy(data.target).long()
     make = {"depth": 8, "width": 8, "activations": activations, "block": block, "channels": 1, "stem_stride": 2}
-    net = lowbit.prepare(resnet(**make), SIGN)
+    net = lowbit.prepare(resnet(**make), recipe)
     optimizer = torch.optim.Adam(net.parameters(), 0.01)
     for step in range(100):
         at = torch.arange(step * 64, step * 64 + 64) % 1500
@@ -182,8 +191,12 @@ def test_a_trained_network_keeps_its_classes(block: str, activations: str, tmp_p
     net.eval()
     with torch.no_grad():
         wanted = net(x)
-    lowbit.save(lowbit.pack(net, rest=None), tmp_path / "out")
-    got = lowbit.load(tmp_path / "out", model=resnet(**make))(x)
+    lowbit.save(lowbit.pack(net), tmp_path / "out")
+    inputs = [{"match": r["match"], "activations": r["activations"]} for r in recipe.get("layers", [])]
+    empty = lowbit.prepare(resnet(**make), recipe | {"weights": "float", "layers": [r | FLOAT for r in inputs]})
+    loaded = lowbit.load(tmp_path / "out", model=empty)
+    got, fast = loaded(x), fuse(loaded, x[:2])(x)
+    assert (fast.argmax(1) == wanted.argmax(1)).float().mean() >= 0.999
     assert (wanted.argmax(1) == y).float().mean() > 0.7, "it has learned something"
     assert (got.argmax(1) == wanted.argmax(1)).float().mean() >= 0.999
     assert (got - wanted).abs().max() <= 0.01 * wanted.abs().max()
