@@ -11,16 +11,20 @@ from lowbit.bench.claims import CLAIMS
 from lowbit.cli import app
 
 QUICK = ("random_bias", "reste_equilibrium", "biper_error")
-# at this scale: a batch-norm learns its biases whatever they begin with; as many weights stay near the midpoint
-REFUTED = ("random_bias_convolutions", "prox_midpoints")
+REFUTED = ("prox_midpoints",)  # at this scale: as many weights stay near the midpoint
+NOISE = ("random_bias_convolutions",)  # a batch-norm learns its biases whatever they begin with: either sign is seen
 NAMES = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CLAIMS]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_claim_shows(name: str) -> None:
     claim: dict[str, Any] = CLAIMS[name]()
-    assert claim["shown"] is (name not in REFUTED), claim["seen"]
     assert all(len(points) > 1 for points in claim["series"].values())
+    if name in NOISE:
+        right = [y for points in claim["series"].values() for _, y in points]
+        assert min(right) > 85 and max(right) - min(right) < 3, claim["seen"]
+    else:
+        assert claim["shown"] is (name not in REFUTED), claim["seen"]
 
 
 def test_the_command_writes_a_page_with_a_plot_each(tmp_path: Path) -> None:
