@@ -8,7 +8,7 @@ lowbit bench methods --data cifar10/ --out methods/ --seeds 3
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -47,10 +47,10 @@ def kernels(
     Medians over repeats; candidates take turns. ONNX Runtime joins in where it is installed: pip install
     "lowbit[bench]". --save keeps the rows, --against says what moved since.
     """
-    sh, ways = shell(), _ways(activations)
+    sh, ways, before = shell(), _ways(activations), _earlier(against)
     with sh.progress("kernels") as step:
         found = _kernels(sh, shape, fmt, group, threads or [_torch_threads()], buffers, ways, seconds, step)
-    _finish(sh, found, save, against)
+    _finish(sh, found, save, before)
 
 
 def conv(
@@ -71,10 +71,10 @@ def conv(
     Floats in and floats out, rounding the inputs included; "levels" is a layer between two others of its kind, int8 in
     and int8 out. --save keeps the rows, --against says what moved since.
     """
-    sh = shell()
+    sh, before = shell(), _earlier(against)
     with sh.progress("conv") as step:
         found = _conv(shape, fmt, threads or [_torch_threads()], batch, seconds, step)
-    _finish(sh, found, save, against)
+    _finish(sh, found, save, before)
 
 
 def decode(
@@ -96,19 +96,42 @@ def decode(
     Medians over repeats; candidates take turns. llama.cpp joins in where it is installed: pip install "lowbit[bench]".
     --save keeps the rows, --against says what moved since.
     """
-    sh, ways, counts = shell(), _ways(activations), threads or [_torch_threads()]
+    sh, ways, counts, before = shell(), _ways(activations), threads or [_torch_threads()], _earlier(against)
     with sh.progress("decode") as step:
         found = _decode(sh, model, float_model, gguf, counts, prompt_tokens, max_tokens, kv_bits, ways, no_module, step)
-    _finish(sh, found, save, against)
+    _finish(sh, found, save, before)
 
 
 COMMANDS = {"kernels": kernels, "conv": conv, "decode": decode, "methods": methods, "tasks": tasks, "claims": claims}
 
 
-def _finish(sh: Shell, found: dict[str, Any], save: "Path | None", against: "Path | None") -> None:
+class _Earlier(NamedTuple):
+    """An earlier run's rows, and where they were kept."""
+
+    path: Path
+    cpu: "str | None"
+    rows: list[dict[str, Any]]
+
+
+def _earlier(path: "Path | None") -> "_Earlier | None":
+    """Read before anything is timed: a wrong name must not cost minutes. Raises DataError."""
+    from lowbit.bench.baseline import compare_rows
+    from lowbit.errors import DataError
+
+    if path is None:
+        return None
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        compare_rows([], kept["rows"])
+        return _Earlier(path, kept.get("cpu"), kept["rows"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DataError(f"{path} does not hold the rows of an earlier run. Make one with --save {path}.") from e
+
+
+def _finish(sh: Shell, found: dict[str, Any], save: "Path | None", before: "_Earlier | None") -> None:
     _show(sh, found["what"], found)
-    if against is not None:
-        found["moved"] = _moved(sh, found["rows"], against)
+    if before is not None:
+        found["moved"] = _moved(sh, found["rows"], before)
     if save is not None:
         kept = jsonable({k: found[k] for k in ("cpu", "machine", "rows")})
         save.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
@@ -262,20 +285,15 @@ def _times(ratio: "float | None") -> str:
     return "" if ratio is None else f"{ratio:.2f}"
 
 
-def _moved(sh: Shell, rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+def _moved(sh: Shell, rows: list[dict[str, Any]], before: _Earlier) -> list[dict[str, Any]]:
     from lowbit.bench.baseline import compare_rows, moved
-    from lowbit.errors import DataError
 
-    try:
-        before = json.loads(path.read_text("utf-8"))
-        entries = compare_rows(rows, before["rows"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise DataError(f"{path} does not hold the rows of an earlier run. Make one with --save {path}.") from e
-    if before.get("cpu") != _cpu():
-        sh.note(f"{path} was made on another processor ({before.get('cpu')}): this compares machines.")
+    entries = compare_rows(rows, before.rows)
+    if before.cpu != _cpu():
+        sh.note(f"{before.path} was made on another processor ({before.cpu}): this compares machines.")
     told = [t for t in entries if moved(t) not in ("same", "new")]
     for t in told:
         name = " ".join(str(v) for k, v in t.items() if k not in ("ms", "baseline_ms", "ratio") and v is not None)
         sh.say(f"{moved(t)}: {name}: {t['baseline_ms']:.3f} -> {t['ms']:.3f} ms ({t['ratio']:.2f}x)")
-    sh.say(f"{len(told)} of {len(entries)} rows moved by more than 10 % against {path}.")
+    sh.say(f"{len(told)} of {len(entries)} rows moved by more than 10 % against {before.path}.")
     return entries
