@@ -192,6 +192,7 @@ def trained_probe():
     )
 
 
+@pytest.mark.slow
 def test_hawq_beats_the_reversed_order_at_equal_bytes():
     probe = trained_probe()
     omega = find("hessian_trace").run(probe, draws=32)

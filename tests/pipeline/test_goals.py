@@ -139,6 +139,7 @@ def test_a_budget_end_to_end(tiny_llama, tmp_path):
     assert perplexity(load(out), ids).perplexity > 1
 
 
+@pytest.mark.slow
 def test_an_average_of_bits_and_a_loss_from_the_command_line(tiny_llama, tmp_path):
     model, text = tiny_llama
     got = run_json("compress", model, "-o", tmp_path / "a", "--bits", 4.5, "--data", text, *SMALL)

@@ -291,6 +291,7 @@ def _samples() -> dict[str, tuple]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear_float", "linear_int8", "embedding", "sparse_linear"])
 def test_operators_keep_torchs_rules(name: str) -> None:
     args = _samples()[name]

@@ -169,9 +169,10 @@ INT8 = {"weights": "int8-channel", "activations": {"method": "lsq", "bits": 7, "
 ENDS = SIGN | {"keep_ends": False, "layers": [{"match": name} | INT8 for name in ("stem", "head", "*shortcut*")]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "block, activations, recipe",
-    [pytest.param("single", "signed_rprelu", SIGN, marks=pytest.mark.slow), ("single", "signed", ENDS)],
+    [("single", "signed_rprelu", SIGN), ("single", "signed", ENDS)],
 )
 def test_a_trained_network_keeps_its_classes(block: str, activations: str, recipe: dict, tmp_path) -> None:
     """Digits, a hundred steps: the same class for 99.9 % of the images, logits within 1 % of the largest."""
