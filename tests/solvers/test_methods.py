@@ -158,9 +158,9 @@ def problem(name, w, inputs):
     w_hat = spec.solve(w, stats, fmt).quantized().dequantize()
     if not torch.isfinite(w_hat).all():
         return "weights that are no numbers"
-    if name == "gptq":
-        if output_error(w, w_hat, stats.gram) > 1.001 * output_error(w, torch.zeros_like(w), stats.gram):
-            return "worse than no weights"
+    bound = 1.001 * output_error(w, torch.zeros_like(w), stats.gram)
+    if name == "gptq" and output_error(w, w_hat, stats.gram) > bound:
+        return "worse than no weights"
     if spec.smooth is not None:
         t = spec.smooth([w], stats, fmt)
         if not (torch.isfinite(t).all() and (t > 0).all() and torch.isfinite(stats.rescaled(t).gram).all()):
