@@ -17,12 +17,14 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_json("demo", "--quick", "--out", tmp_path_factory.mktemp("demo") / "d")
 
 
+@pytest.mark.slow
 def test_every_variant_is_packed_and_learns(quick: dict[str, Any]) -> None:
     assert [r["name"] for r in quick["rows"]] == [v.name for v in VARIANTS]
     assert quick["float"]["accuracy"] > 0.9 and all(r["accuracy"] > 0.85 for r in quick["rows"])
     assert all(r["logit_difference"] < 1e-5 for r in quick["rows"])
 
 
+@pytest.mark.slow
 def test_bits_and_bytes_are_counted(quick: dict[str, Any]) -> None:
     bits = [r["bits_per_weight"] for r in quick["rows"]]
     for found, wanted in zip(bits, (8, 4, 3, 2, 1.6, 1)):
@@ -32,6 +34,7 @@ def test_bits_and_bytes_are_counted(quick: dict[str, Any]) -> None:
     assert all(r["bytes"] == (Path(r["folder"]) / "model.safetensors").stat().st_size for r in quick["rows"])
 
 
+@pytest.mark.slow
 def test_the_report_stands_alone(quick: dict[str, Any]) -> None:
     html = Path(quick["report"]).read_text("utf-8")
     assert html.count("<svg") == 3 and "<script" not in html and "binary-channel" in html

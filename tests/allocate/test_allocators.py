@@ -123,7 +123,7 @@ def test_closed_form_widths(name):
 
 
 @pytest.mark.parametrize("name", UNDER_A_LIMIT)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2, 3))])
 def test_budgets_are_never_exceeded(name, seed):
     problem = random_problem(seed, n=8, k=4, columns=("bytes", "seconds"), share=0.6)
     try:

@@ -54,9 +54,9 @@ def test_the_peak_counts_its_products() -> None:
 
 
 def test_rows_of_kernels() -> None:
-    found = bench_kernels([Shape(1, 64, 48), Shape(3, 32, 16)], ["uint4", "ternary"], (), [1, 2], 32, seconds=0.0)
+    found = bench_kernels([Shape(3, 64, 48)], ["uint4", "ternary"], (), [1, 2], 32, seconds=0.0)
     rows = found["rows"]
-    assert len(rows) == 2 * 2 * 2 * 2 * 2 and len(found["machine"]) == 2
+    assert len(rows) == 2 * 2 * 2 * 2 and len(found["machine"]) == 2
     for r in rows:
         assert r["speedup"] == pytest.approx(r["torch_ms"] / r["ms"])
         assert r["gmacs_per_second"] == pytest.approx(r["m"] * r["k"] * r["n"] / r["ms"] / 1e6)

@@ -31,7 +31,7 @@ def noted(events):
     return " ".join(note for e in events for note in e.get("notes") or [])
 
 
-@pytest.mark.parametrize("method", ["gptq", "icquant"])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("icquant", marks=pytest.mark.slow)])
 def test_twenty_tokens_warn_and_still_give_a_model(model, tmp_path, method):
     text, events = tmp_path / "short.txt", []
     text.write_text(" ".join(f"w{i}" for i in range(3, 23)))

@@ -84,7 +84,7 @@ def test_walking_in_place_of_the_model_gives_its_hidden_states(kind, ids):
     assert torch.allclose(found, body, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["gptq", "learned"])
+@pytest.mark.parametrize("method", ["gptq", pytest.param("learned", marks=pytest.mark.slow)])
 def test_the_float_models_hidden_states_go_beside_the_compressed_models(method, ids):
     """Whatever is done to the weights, one half of the hidden states stays the float model's, the other is its own."""
     model = tiny.model("llama")

@@ -22,6 +22,7 @@ def test_decoding_is_an_integer_add_on_the_exponent(bits):
     assert torch.equal(found.view(torch.int32), by_add)
 
 
+@pytest.mark.slow
 def test_steps_on_normal_weights_reach_the_known_errors():
     torch.manual_seed(0)
     w = torch.randn(500, 128)

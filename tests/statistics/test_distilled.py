@@ -27,6 +27,7 @@ def trained():
     return net.eval(), real
 
 
+@pytest.mark.slow
 def test_the_loss_falls_tenfold_and_ranges_are_near_the_real_ones(trained):
     net, real = trained
     before, losses = copy.deepcopy(net.state_dict()), []

@@ -31,6 +31,7 @@ def test_guided_weights_are_the_mean_square_of_a_tokens_gradients():
     assert found.shape == (3, 5) and torch.allclose(found, want / want.mean())
 
 
+@pytest.mark.slow
 def test_of_independent_gradients_oac_is_the_plain_gram_times_the_outputs():
     """The card's check: 0.6% at 4000 samples."""
     torch.manual_seed(0)
