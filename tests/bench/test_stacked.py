@@ -154,3 +154,49 @@ def test_parq_is_the_float_weight_at_first_and_the_levels_at_last() -> None:
         end = method.weight({"w": u}, (torch.tensor(method.schedule(0.9)[0]),))
         torch.testing.assert_close(start, u.clamp(-float(scale), float(scale)))
         torch.testing.assert_close(end, hard * scale)
+
+
+@pytest.mark.parametrize("method", [stacked.LsqShift(3), stacked.ParqShift(3)])
+def test_shift_levels_are_the_nearest_powers(method: stacked.Method) -> None:
+    w = torch.randn(2, 5, 400)
+    p = method.latents(w)
+    levels, scale = method.hard(p)
+    table = torch.tensor([-8.0, -4, -2, -1, 1, 2, 4, 8])
+    nearest = ((w / scale)[..., None] - table).abs().amin(-1)
+    assert torch.equal(nearest, (w / scale - levels).abs()) and set(levels.unique().tolist()) == set(table.tolist())
+
+
+def test_the_step_of_a_shift_is_the_best_for_normal_weights() -> None:
+    w = torch.randn(1, 1, 100_000)
+    for bits, step in stacked.SHIFT_STEP.items():
+
+        def error(c: float, bits: int = bits) -> float:
+            levels, scale = stacked.LsqShift(bits).hard({"w": w, "scale": c * w.abs().mean((-2, -1), keepdim=True)})
+            return float((levels * scale - w).square().mean())
+
+        assert error(step) < min(error(0.85 * step), error(1.15 * step))
+
+
+def test_proximal_shifts_go_from_the_weight_to_its_level() -> None:
+    method, w = stacked.ParqShift(3), torch.randn(1, 3, 500)
+    levels, scale = method.hard({"w": w})
+    inside = (w / scale).abs() < 8
+
+    def at(s: float) -> torch.Tensor:
+        return method.weight({"w": w}, (torch.tensor(s),))
+
+    torch.testing.assert_close(at(1.0)[inside], w[inside])
+    torch.testing.assert_close(at(1e-6), levels * scale)
+    far = [(at(s) - levels * scale).abs().mean() for s in (1.0, 0.5, 0.1, 0.01)]
+    assert far == sorted(far, reverse=True) and far[-1] < 0.02 * far[0]
+
+
+def test_two_stages_start_the_learning_rate_again(data: DeviceImages) -> None:
+    t = trainee("w1a1-reactnet-2stage", data)
+    lr, stage = t.table[:, 0], t.total // 2
+    assert (
+        lr[stage - 1] < 0.1 * lr.max() < lr[stage + t.steps] and t.table[:, 1].tolist() == [0.0] * stage + [1.0] * stage
+    )
+    w = {"w": torch.tensor([[[0.5, -0.25]]])}
+    assert t.method.weight(w, (torch.tensor(0.0),)).tolist() == [[[0.5, -0.25]]]
+    assert t.method.weight(w, (torch.tensor(1.0),)).tolist() == [[[0.375, -0.375]]]

@@ -60,6 +60,7 @@ class Method:
 
     format = "binary-channel"
     source = ""
+    stages = 1  # the learning rate falls to zero and starts again so many times
 
     def latents(self, w: Tensor) -> Latents:
         return {"w": w.clone()}
@@ -104,6 +105,22 @@ class Ste(Method):
 
     def after(self, p: Latents) -> None:
         p["w"].clamp_(-1, 1)
+
+
+class TwoStage(Ste):
+    """The weight itself for half of training, then as `Ste` from there, each half with a learning rate of its own.
+
+    For networks with signs as activations: what they can learn is learned before the weights lose their values.
+    """
+
+    source = "Bi-Real Net, Liu 2018 (arXiv:1808.00278), section 3.4; ReActNet, Liu 2020 (arXiv:2003.03488), section 5.1"
+    stages = 2
+
+    def weight(self, p: Latents, t: tuple[Tensor, ...]) -> Tensor:
+        return torch.where(t[0] > 0.5, super().weight(p, t), p["w"])
+
+    def schedule(self, progress: float) -> tuple[float, ...]:
+        return (float(progress >= 0.5),)
 
 
 class BnnPlus(Method):
@@ -285,6 +302,10 @@ class BitNet(Method):
         return (w / m).round().clamp(-1, 1), m
 
 
+# the smallest level over mean|w| that rounds a normal weight best: +-{1, 2}, +-{1, 2, 4, 8}, +-{1, ..., 128}
+SHIFT_STEP = {2: 0.812, 3: 0.340, 4: 0.0428}
+
+
 class Lsq(Method):
     """round(clip(w / s)) s with s trained per layer, its gradient divided by sqrt(weights * largest level)."""
 
@@ -305,7 +326,10 @@ class Lsq(Method):
         g = 1 / math.sqrt(w[0].numel() * self.high)
         s = p["scale"].detach() + (p["scale"] - p["scale"].detach()) * g
         x = (w / s).clamp(self.low, self.high)
-        return through(x, x.detach().round()) * s
+        return through(x, self.nearest(x.detach())) * s
+
+    def nearest(self, x: Tensor) -> Tensor:
+        return x.round()
 
     def after(self, p: Latents) -> None:
         p["scale"].clamp_(min=1e-4)
@@ -330,6 +354,56 @@ class DeepShiftQ(Method):
     def after(self, p: Latents) -> None:
         w, c = p["w"], p["fixed_scale"]
         w.copy_(sgn(w) * w.abs().maximum(c).minimum(c * 2**self.depth))
+
+
+def power_below(size: Tensor, depth: int) -> Tensor:
+    """The largest 2^i <= size, i from 0 to depth."""
+    return torch.exp2(size.clamp(min=0.5).log2().floor().clamp(0, depth))
+
+
+class LsqShift(Lsq):
+    """`Lsq` with the levels +-2^i, i < 2^(b-1), in place of a grid: w / s goes to the nearest one."""
+
+    source = "levels: DenseShift, Li 2023 (arXiv:2208.09708); scale: LSQ, Esser 2020 (arXiv:1902.08153)"
+
+    def __init__(self, bits: int):
+        self.depth = 2 ** (bits - 1) - 1
+        self.low, self.high = -(2**self.depth), 2**self.depth
+        self.format, self.start = f"pot{bits}nz-tensor", SHIFT_STEP[bits]
+
+    def latents(self, w: Tensor) -> Latents:
+        return {"w": w.clone(), "scale": self.start * layer_mean_abs(w)}
+
+    def hard(self, p: Latents) -> tuple[Tensor, Tensor]:
+        return self.nearest(p["w"] / p["scale"]), p["scale"]
+
+    def nearest(self, x: Tensor) -> Tensor:
+        return sgn(x) * power_below(x.abs() * (4 / 3), self.depth)  # 1.5 * 2^i lies half way
+
+
+class ParqShift(Parq):
+    """`Parq` with the levels +-2^i, i < 2^(b-1), in units of a fixed share of mean|w| per row."""
+
+    source = "PARQ, Jin 2025 (ICML); levels: DenseShift, Li 2023 (arXiv:2208.09708)"
+
+    def __init__(self, bits: int):
+        self.depth, self.unit = 2 ** (bits - 1) - 1, SHIFT_STEP[bits]
+        self.format = f"pot{bits}nz-channel"
+
+    def hard(self, p: Latents) -> tuple[Tensor, Tensor]:
+        a = self.unit * mean_abs(p["w"])
+        x = p["w"] / a.clamp(min=1e-12)
+        return sgn(x) * power_below(x.abs() * (4 / 3), self.depth), a
+
+    def weight(self, p: Latents, t: tuple[Tensor, ...]) -> Tensor:
+        u = p["w"].detach()
+        levels, a = self.hard({"w": u})
+        x = u / a.clamp(min=1e-12)
+        size = x.abs()
+        low = power_below(size, self.depth - 1)
+        between = (1.5 * low + (size - 1.5 * low) / t[0]).maximum(low).minimum(2 * low)
+        soft = torch.where(size < 1, (x / t[0]).clamp(-1, 1), sgn(x) * between)
+        return through(p["w"], torch.where(t[0] < 1e-5, levels, soft) * a)
 
 
 class SignPlanes(Method):

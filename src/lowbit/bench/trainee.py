@@ -80,11 +80,12 @@ class Trainee:
 
     def _schedule_table(self) -> Tensor:
         """(steps in all, 1 + schedule values): learning rate and what the method and the activations need."""
-        p, rows = self.protocol, []
+        p, rows, stage = self.protocol, [], -(-self.total // self.method.stages)
         for k in range(self.total):
-            epoch, progress = k / self.steps, k / max(self.total - 1, 1)
+            epoch, progress = k % stage / self.steps, k / max(self.total - 1, 1)
             warm = min(1.0, (epoch + 1 / self.steps) / p.warmup) if p.warmup else 1.0
-            rows.append((p.lr * warm * 0.5 * (1 + math.cos(math.pi * k / self.total)), *self.method.schedule(progress)))
+            falling = 0.5 * (1 + math.cos(math.pi * (k % stage) / stage))
+            rows.append((p.lr * warm * falling, *self.method.schedule(progress)))
         return torch.tensor(rows, dtype=torch.float32).reshape(self.total, -1)
 
     def load_draws(self) -> None:
