@@ -54,20 +54,25 @@ LOWBIT_INLINE V look(V code, V lut) {
   return K == PackedKind::k2 || K == PackedKind::k3 || K == PackedKind::k4 ? code : _mm256_shuffle_epi8(lut, code);
 }
 
-// One unit's u as bytes: A's steps, then B's. `half` of each vector at a time.
+// One unit's u as bytes: A's steps, then B's. Its vectors are `stride` apart; `half` of each at a time.
 template <PackedKind K>
-LOWBIT_INLINE void expand_unit(const uint8_t* p, int64_t steps, V lut, uint8_t* out) {
+LOWBIT_INLINE void expand_unit(const uint8_t* p, int64_t stride, int64_t steps, V lut, uint8_t* out) {
   uint8_t* b = out + steps * 64;
   for (int half = 0; half < 64; half += 32) {
-    if (K == PackedKind::k4 || K == PackedKind::k4Table) {
+    if (K == PackedKind::kBytes) {
       for (int64_t j = 0; j < steps; ++j) {
-        const V v = load(p + 64 * j + half);
+        store(out + 64 * j + half, load(p + 2 * j * stride + half));
+        store(b + 64 * j + half, load(p + (2 * j + 1) * stride + half));
+      }
+    } else if (K == PackedKind::k4 || K == PackedKind::k4Table) {
+      for (int64_t j = 0; j < steps; ++j) {
+        const V v = load(p + j * stride + half);
         store(out + 64 * j + half, look<K>(low_bits(v, 0, 15), lut));
         store(b + 64 * j + half, look<K>(low_bits(v, 4, 15), lut));
       }
     } else if (K == PackedKind::k2 || K == PackedKind::k2Table) {
       for (int64_t j = 0; j < steps / 2; ++j) {
-        const V v = load(p + 64 * j + half);
+        const V v = load(p + j * stride + half);
         store(out + 128 * j + half, look<K>(low_bits(v, 0, 3), lut));
         store(out + 128 * j + 64 + half, look<K>(low_bits(v, 2, 3), lut));
         store(b + 128 * j + half, look<K>(low_bits(v, 4, 3), lut));
@@ -75,7 +80,7 @@ LOWBIT_INLINE void expand_unit(const uint8_t* p, int64_t steps, V lut, uint8_t* 
       }
     } else if (K == PackedKind::k1) {
       for (int64_t j = 0; j < steps / 4; ++j) {
-        const V v = load(p + 64 * j + half);
+        const V v = load(p + j * stride + half);
         for (int i = 0; i < 4; ++i) {
           store(out + 256 * j + 64 * i + half, look<K>(low_bits(v, i, 1), lut));
           store(b + 256 * j + 64 * i + half, look<K>(low_bits(v, 4 + i, 1), lut));
@@ -83,7 +88,8 @@ LOWBIT_INLINE void expand_unit(const uint8_t* p, int64_t steps, V lut, uint8_t* 
       }
     } else {  // three bits: the fourth step is spread over the upper two bits of three vectors
       for (int64_t j = 0; j < steps / 4; ++j) {
-        const V v[3] = {load(p + 192 * j + half), load(p + 192 * j + 64 + half), load(p + 192 * j + 128 + half)};
+        const uint8_t* at = p + 3 * j * stride + half;
+        const V v[3] = {load(at), load(at + stride), load(at + 2 * stride)};
         const V fourth = _mm256_or_si256(_mm256_or_si256(low_bits(v[0], 6, 3), low_bits(v[1], 4, 12)),
                                          low_bits(v[2], 2, 48));
         for (int i = 0; i < 4; ++i) {
@@ -143,48 +149,58 @@ LOWBIT_INLINE void finish(const Packed& p, F8 acc, int64_t block, int half, cons
   _mm256_maskstore_ps(y + n0, mask, acc);
 }
 
-// Tokens [m, m+MR) times one block: its codes, expanded unit by unit, or its u as bytes already.
-template <PackedKind K, Form F, int MR>
-LOWBIT_FN void tile(const Packed& p, const uint8_t* codes, const Operand& o, int64_t m, int64_t b, const float* bias,
-                      float* y) {
+// Tokens [m, m+MR) times blocks [b, b+NB) of one panel: codes expanded unit by unit, or (one block, K is kBytes) their
+// u as `bytes`.
+template <PackedKind K, Form F, int MR, int NB>
+LOWBIT_FN void tile(const Packed& p, const uint8_t* bytes, const Operand& o, int64_t m, int64_t b, const float* bias,
+                    float* y) {
   const int64_t ld = p.seg.row_size(), lds = p.seg.padded, steps = p.seg.length / 4;
   const Luts luts = luts_of(p.h);
   const V lut = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(luts.v)));
   const V low = _mm256_set1_epi8(static_cast<char>(p.h.low));
-  alignas(64) uint8_t bytes[kMostSteps * 128];
-  F8 part[MR][2], acc[MR][2];
-  for (int j = 0; j < MR; ++j)
-    for (int h = 0; h < 2; ++h) part[j][h] = acc[j][h] = _mm256_setzero_ps();
+  alignas(64) uint8_t room[NB][kMostSteps * 128];
+  F8 part[NB][MR][2], acc[NB][MR][2];
+  for (int i = 0; i < NB; ++i)
+    for (int j = 0; j < MR; ++j)
+      for (int h = 0; h < 2; ++h) part[i][j][h] = acc[i][j][h] = _mm256_setzero_ps();
+  const uint8_t* unit[NB];
   int64_t in_group = 0, g = 0;
   for (int64_t s = 0; s < p.seg.count; ++s) {
-    if (K != PackedKind::kBytes && s % 2 == 0) expand_unit<K>(codes + s / 2 * p.unit_bytes(), steps, lut, bytes);
-    const uint8_t* u = K == PackedKind::kBytes ? codes + s * steps * 64 : bytes + s % 2 * steps * 64;
-    V dot[MR][2];
-    dots<F, MR>(u, o.t.q + m * ld + s * p.seg.length, ld, steps, low, dot);
-    for (int j = 0; j < MR; ++j) {
-      const int64_t at = (m + j) * lds + s;
-      const V start = _mm256_set1_epi32(F == Form::kSign ? 0 : p.h.low * o.t.sum[at]);
-      const F8 scale = _mm256_set1_ps(o.t.scale[at]);
-      for (int h = 0; h < 2; ++h)
-        part[j][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(dot[j][h], start)), scale, part[j][h]);
+    for (int i = 0; i < NB; ++i) {
+      if (s % 2 == 0) {
+        unit[i] = bytes ? bytes + s * steps * 64 : room[i];
+        if (!bytes) expand_unit<K>(p.codes(b + i, s / 2), p.stride(b), steps, lut, room[i]);
+      }
+      V dot[MR][2];
+      dots<F, MR>(unit[i] + s % 2 * steps * 64, o.t.q + m * ld + s * p.seg.length, ld, steps, low, dot);
+      for (int j = 0; j < MR; ++j) {
+        const int64_t at = (m + j) * lds + s;
+        const V start = _mm256_set1_epi32(F == Form::kSign ? 0 : p.h.low * o.t.sum[at]);
+        const F8 scale = _mm256_set1_ps(o.t.scale[at]);
+        for (int h = 0; h < 2; ++h)
+          part[i][j][h] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(dot[j][h], start)), scale, part[i][j][h]);
+      }
     }
     if (++in_group < p.seg.per_group) continue;
-    const uint8_t* of_group = p.meta(b) + g * p.group_bytes();
-    for (int h = 0; h < 2; ++h) {  // scalar: part -= zero * group_sum;  acc += part * scale
-      const F8 scale = meta(of_group, p.h.wide, 0, h);
-      for (int j = 0; j < MR; ++j) {
-        if (o.group_sum)
-          part[j][h] = _mm256_fnmadd_ps(meta(of_group, p.h.wide, 1, h),
-                                        _mm256_set1_ps(o.group_sum[(m + j) * p.h.groups + g]), part[j][h]);
-        acc[j][h] = _mm256_fmadd_ps(part[j][h], scale, acc[j][h]);
-        part[j][h] = _mm256_setzero_ps();
+    for (int i = 0; i < NB; ++i) {
+      const uint8_t* scales = p.scales(b + i, g);
+      for (int h = 0; h < 2; ++h) {  // scalar: part -= zero * group_sum;  acc += part * scale
+        const F8 scale = meta(scales, p.h.wide, 0, h);
+        for (int j = 0; j < MR; ++j) {
+          if (o.group_sum)
+            part[i][j][h] = _mm256_fnmadd_ps(meta(scales, p.h.wide, 1, h),
+                                             _mm256_set1_ps(o.group_sum[(m + j) * p.h.groups + g]), part[i][j][h]);
+          acc[i][j][h] = _mm256_fmadd_ps(part[i][j][h], scale, acc[i][j][h]);
+          part[i][j][h] = _mm256_setzero_ps();
+        }
       }
     }
     in_group = 0;
     ++g;
   }
-  for (int j = 0; j < MR; ++j)
-    for (int h = 0; h < 2; ++h) finish(p, acc[j][h], b, h, bias, y + (m + j) * p.h.n);
+  for (int i = 0; i < NB; ++i)
+    for (int j = 0; j < MR; ++j)
+      for (int h = 0; h < 2; ++h) finish(p, acc[i][j][h], b + i, h, bias, y + (m + j) * p.h.n);
 }
 
 template <PackedKind K>
@@ -193,14 +209,15 @@ LOWBIT_FN void to_bytes(const Packed& p, int64_t block, uint8_t* out) {
   const Luts luts = luts_of(p.h);
   const V lut = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(luts.v)));
   for (int64_t unit = 0; unit < p.units; ++unit)
-    expand_unit<K>(p.codes(block) + unit * p.unit_bytes(), steps, lut, out + unit * steps * 128);
+    expand_unit<K>(p.codes(block, unit), p.stride(block), steps, lut, out + unit * steps * 128);
 }
 
 using TileFn = void (*)(const Packed&, const uint8_t*, const Operand&, int64_t m, int64_t b, const float*, float*);
 using BytesFn = void (*)(const Packed&, int64_t block, uint8_t* out);
 constexpr int64_t kMostTokens = 4;
 struct Tiles {
-  TileFn of[kMostTokens + 1];
+  TileFn of[kMostTokens + 1];  // tokens times one block
+  TileFn panel;                // one token times four blocks
 };
 struct Kernels {
   Tiles narrow, wide, sign;
@@ -209,14 +226,14 @@ struct Kernels {
 
 template <PackedKind K, Form F>
 constexpr Tiles tiles() {
-  return {{nullptr, tile<K, F, 1>, tile<K, F, 2>, tile<K, F, 3>, tile<K, F, 4>}};
+  return {{nullptr, tile<K, F, 1, 1>, tile<K, F, 2, 1>, tile<K, F, 3, 1>, tile<K, F, 4, 1>}, tile<K, F, 1, 4>};
 }
 template <PackedKind K>
 constexpr Kernels kEven = {tiles<K, Form::kNarrow>(), {}, {}, to_bytes<K>};
 template <PackedKind K>
 constexpr Kernels kAny = {tiles<K, Form::kNarrow>(), tiles<K, Form::kWide>(), tiles<K, Form::kSign>(), to_bytes<K>};
 constexpr Kernels kFromBytes = {tiles<PackedKind::kBytes, Form::kNarrow>(), tiles<PackedKind::kBytes, Form::kWide>(),
-                                tiles<PackedKind::kBytes, Form::kSign>(), nullptr};
+                                tiles<PackedKind::kBytes, Form::kSign>(), to_bytes<PackedKind::kBytes>};
 
 const Kernels& kernels_of(PackedKind kind) {
   switch (kind) {
@@ -250,14 +267,17 @@ void linear_int8_avx2(const Packed& p, const Operand& o, int64_t m0, int64_t m1,
                       const float* bias, float* y) {
   static thread_local std::vector<uint8_t> room;
   const Kernels& k = kernels_of(p.h.kind);
-  const bool expand = k.bytes && m1 - m0 > kMostTokens;
+  const bool expand = m1 - m0 > kMostTokens;
   const Tiles& tiles = tiles_of(p, expand ? kFromBytes : k);
   if (expand) room.resize(std::max(room.size(), static_cast<size_t>(p.seg.row_size() * kRows)));
-  for (int64_t b = b0; b < b1; ++b) {
+  int64_t b = b0;
+  for (; m1 - m0 == 1 && b % Packed::kPanel == 0 && b + Packed::kPanel <= b1; b += Packed::kPanel)
+    tiles.panel(p, nullptr, o, m0, b, bias, y);
+  for (; b < b1; ++b) {
     if (expand) k.bytes(p, b, room.data());
     for (int64_t m = m0; m < m1; m += kMostTokens) {
       const int64_t tokens = std::min(kMostTokens, m1 - m);
-      tiles.of[tokens](p, expand ? room.data() : p.codes(b), o, m, b, bias, y);
+      tiles.of[tokens](p, expand ? room.data() : nullptr, o, m, b, bias, y);
     }
   }
 }

@@ -47,13 +47,18 @@ constexpr int turn_steps(PackedKind k) {
          : k == PackedKind::k2 || k == PackedKind::k2Table                     ? 2
                                                                                : 1;
 }
-constexpr int turn_vectors(PackedKind k) { return k == PackedKind::k3 || k == PackedKind::k3Table ? 3 : 1; }
+constexpr int turn_vectors(PackedKind k) {
+  return k == PackedKind::k3 || k == PackedKind::k3Table ? 3 : k == PackedKind::kBytes ? 2 : 1;
+}
 
-// u of one turn, times Times (even grids) or looked up.
+// u of one turn, its vectors `stride` apart: times Times (even grids) or looked up.
 template <PackedKind K>
-LOWBIT_INLINE void expand(const uint8_t* p, V lut, V a[4], V b[4]) {
+LOWBIT_INLINE void expand(const uint8_t* p, int64_t stride, V lut, V a[4], V b[4]) {
   const V v = load(p);
-  if (K == PackedKind::k4) {
+  if (K == PackedKind::kBytes) {
+    a[0] = v;
+    b[0] = load(p + stride);
+  } else if (K == PackedKind::k4) {
     a[0] = _mm512_and_si512(v, every(0x0f));
     b[0] = _mm512_and_si512(v, every(0xf0));
   } else if (K == PackedKind::k4Table) {
@@ -77,7 +82,7 @@ LOWBIT_INLINE void expand(const uint8_t* p, V lut, V a[4], V b[4]) {
       b[i] = _mm512_and_si512(s[i], every(0x20));
     }
   } else {  // three bits: the fourth step is spread over the upper two bits of three vectors
-    V s[4] = {v, load(p + 64), load(p + 128)};
+    V s[4] = {v, load(p + stride), load(p + 2 * stride)};
     const V low = _mm512_ternarylogic_epi32(_mm512_srli_epi16(s[0], 6), _mm512_srli_epi16(s[1], 4), every(0x03), 0xe4);
     s[3] = _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(s[2], 2), every(0x0f), 0xe4);
     for (int i = 0; i < 4; ++i) {
@@ -113,7 +118,7 @@ LOWBIT_INLINE void finish(const Packed& p, __m512 acc, int64_t block, const floa
   _mm512_mask_storeu_ps(y + n0, mask, acc);
 }
 
-// Tokens [m, m+MR) times blocks [b, b+NB), codes expanded in registers.
+// Tokens [m, m+MR) times blocks [b, b+NB) of one panel, codes expanded in registers.
 template <PackedKind K, int L, int MR, int NB>
 LOWBIT_FN void few(const Packed& p, const Operand& o, int64_t m, int64_t b, const float* bias, float* y) {
   constexpr int S = turn_steps(K), kVectors = turn_vectors(K);
@@ -121,12 +126,12 @@ LOWBIT_FN void few(const Packed& p, const Operand& o, int64_t m, int64_t b, cons
   const int8_t* q = o.t.q + m * ld;
   const float* scale = o.scale + m * lds;
   const int32_t* start = o.start + m * lds;
-  const uint8_t* codes[NB];
+  const int64_t stride = p.stride(b), side = b % Packed::kPanel, of_group = p.group_bytes();
+  const int64_t of_panel = p.scales_bytes(p.width(b));
+  const uint8_t* at = p.panel(b);
   __m512 part[NB][MR], acc[NB][MR];
-  for (int i = 0; i < NB; ++i) {
-    codes[i] = p.codes(b + i);
+  for (int i = 0; i < NB; ++i)
     for (int j = 0; j < MR; ++j) part[i][j] = acc[i][j] = _mm512_setzero_ps();
-  }
   const V lut = table_of(p.h);
   int64_t in_group = 0, g = 0;
   for (int64_t s = 0; s < p.seg.padded; s += 2) {
@@ -134,10 +139,10 @@ LOWBIT_FN void few(const Packed& p, const Operand& o, int64_t m, int64_t b, cons
     for (int i = 0; i < NB; ++i)
       for (int j = 0; j < MR; ++j)
         for (int ab = 0; ab < 2; ++ab) dot[ab][i][j] = _mm512_set1_epi32(start[j * lds + s + ab]);
-    for (int t = 0; t < L / 4 / S; ++t) {
+    for (int t = 0; t < L / 4 / S; ++t, at += kVectors * stride) {
       for (int i = 0; i < NB; ++i) {
         V u[2][4];
-        expand<K>(codes[i] + t * 64 * kVectors, lut, u[0], u[1]);
+        expand<K>(at + (side + i) * 64, stride, lut, u[0], u[1]);
         for (int ab = 0; ab < 2; ++ab)
           for (int k = 0; k < S; ++k)
             for (int j = 0; j < MR; ++j)
@@ -145,7 +150,6 @@ LOWBIT_FN void few(const Packed& p, const Operand& o, int64_t m, int64_t b, cons
                   _mm512_dpbusd_epi32(dot[ab][i][j], u[ab][k], four(q + j * ld + ab * L + (t * S + k) * 4));
       }
     }
-    for (int i = 0; i < NB; ++i) codes[i] += L / 4 / S * 64 * kVectors;
     q += 2 * L;
     for (int ab = 0; ab < 2; ++ab) {
       for (int i = 0; i < NB; ++i)
@@ -155,10 +159,11 @@ LOWBIT_FN void few(const Packed& p, const Operand& o, int64_t m, int64_t b, cons
       if (++in_group == p.seg.per_group && g < p.h.groups) {  // the last B may be nobody's
         for (int i = 0; i < NB; ++i)
           for (int j = 0; j < MR; ++j) {
-            acc[i][j] = end_group(acc[i][j], part[i][j], p.meta(b + i) + g * p.group_bytes(), p.h,
-                                  o.group_sum, (m + j) * p.h.groups + g);
+            acc[i][j] = end_group(acc[i][j], part[i][j], at + (side + i) * of_group, p.h, o.group_sum,
+                                  (m + j) * p.h.groups + g);
             part[i][j] = _mm512_setzero_ps();
           }
+        at += of_panel;
         in_group = 0;
         ++g;
       }
@@ -206,8 +211,8 @@ LOWBIT_FN void many(const Packed& p, const uint8_t* const* w, const Operand& o, 
     for (int i = 0; i < NB; ++i)
       for (int j = 0; j < MR; ++j) {
         float* to = acc + (i * MR + j) * kRows;
-        _mm512_store_ps(to, end_group(_mm512_load_ps(to), part[i][j], p.meta(b + i) + g * p.group_bytes(), p.h,
-                                      o.group_sum, (m + j) * p.h.groups + g));
+        _mm512_store_ps(to, end_group(_mm512_load_ps(to), part[i][j], p.scales(b + i, g), p.h, o.group_sum,
+                                      (m + j) * p.h.groups + g));
       }
   }
   for (int i = 0; i < NB; ++i)
@@ -216,23 +221,24 @@ LOWBIT_FN void many(const Packed& p, const uint8_t* const* w, const Operand& o, 
 }
 
 // A block's u as bytes, divided by Times.
-template <PackedKind K>
+template <PackedKind K, int L>
 LOWBIT_FN void to_bytes(const Packed& p, int64_t block, uint8_t* out) {
-  constexpr int S = turn_steps(K), kVectors = turn_vectors(K);
-  const int64_t steps = p.seg.length / 4;
-  const uint8_t* from = p.codes(block);
+  constexpr int S = turn_steps(K), kVectors = turn_vectors(K), steps = L / 4;
+  const int64_t stride = p.stride(block);
   const V lut = table_of(p.h);
   const Times times = packed_times(p.h);
   const int shift_a = times.a == 2, shift_b = times.b == 32 ? 5 : times.b == 16 ? 4 : times.b == 8 ? 3 : 0;
-  for (int64_t unit = 0; unit < p.units; ++unit, out += steps * 128)
-    for (int64_t t = 0; t < steps / S; ++t, from += 64 * kVectors) {
+  for (int64_t unit = 0; unit < p.units; ++unit, out += steps * 128) {
+    const uint8_t* from = p.codes(block, unit);
+    for (int t = 0; t < steps / S; ++t, from += kVectors * stride) {
       V a[4], b[4];
-      expand<K>(from, lut, a, b);
+      expand<K>(from, stride, lut, a, b);
       for (int k = 0; k < S; ++k) {  // no bit crosses into the next byte: they are multiples
         _mm512_storeu_si512(out + (t * S + k) * 64, _mm512_srli_epi16(a[k], static_cast<unsigned>(shift_a)));
         _mm512_storeu_si512(out + (steps + t * S + k) * 64, _mm512_srli_epi16(b[k], static_cast<unsigned>(shift_b)));
       }
     }
+  }
 }
 
 using FewFn = void (*)(const Packed&, const Operand&, int64_t m, int64_t b, const float* bias, float* y);
@@ -250,7 +256,7 @@ template <PackedKind K, int L>
 constexpr Kernels kernels_for() {
   return {{few<K, L, 1, 4>, few<K, L, 1, 2>, few<K, L, 1, 1>},
           {few<K, L, 4, 1>, few<K, L, 3, 1>, few<K, L, 2, 1>},
-          to_bytes<K>};
+          to_bytes<K, L>};
 }
 
 template <PackedKind K>
@@ -265,8 +271,10 @@ const Kernels& kernels_of(const Packed& p) {
     case PackedKind::k2Table: return kKernels<PackedKind::k2Table>[i];
     case PackedKind::k3Table: return kKernels<PackedKind::k3Table>[i];
     case PackedKind::k4Table: return kKernels<PackedKind::k4Table>[i];
-    default: return kKernels<PackedKind::k4>[i];
+    case PackedKind::k4: return kKernels<PackedKind::k4>[i];
+    case PackedKind::kBytes: break;
   }
+  return kKernels<PackedKind::kBytes>[i];
 }
 
 constexpr ManyFn kMany1[7] = {nullptr,    many<1, 1>, many<2, 1>, many<3, 1>, many<4, 1>, many<5, 1>, many<6, 1>};
@@ -275,18 +283,13 @@ constexpr ManyFn kMany2[7] = {nullptr,    many<1, 2>, many<2, 2>, many<3, 2>, ma
 void run_many(const Packed& p, const Operand& o, int64_t m0, int64_t m1, int64_t b0, int64_t b1, const float* bias,
               float* y) {
   static thread_local std::vector<uint8_t> room;
-  const bool bytes = p.h.kind == PackedKind::kBytes;
   const int64_t size = p.seg.row_size() * kRows;
-  if (!bytes && static_cast<int64_t>(room.size()) < 2 * size + 64) room.resize(static_cast<size_t>(2 * size + 64));
+  if (static_cast<int64_t>(room.size()) < 2 * size + 64) room.resize(static_cast<size_t>(2 * size + 64));
   uint8_t* aligned = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) % 64;
   for (int64_t b = b0; b < b1; b += 2) {
     const int64_t count = std::min<int64_t>(2, b1 - b);
-    const uint8_t* w[2] = {p.codes(b), p.codes(b + count - 1)};
-    if (!bytes)
-      for (int64_t i = 0; i < count; ++i) {
-        kernels_of(p).bytes(p, b + i, aligned + i * size);
-        w[i] = aligned + i * size;
-      }
+    const uint8_t* w[2] = {aligned, aligned + size};
+    for (int64_t i = 0; i < count; ++i) kernels_of(p).bytes(p, b + i, aligned + i * size);
     const ManyFn* fns = count == 2 ? kMany2 : kMany1;
     for (int64_t m = m0; m < m1; m += 6) {
       const int64_t tokens = std::min<int64_t>(6, m1 - m);
@@ -295,23 +298,11 @@ void run_many(const Packed& p, const Operand& o, int64_t m0, int64_t m1, int64_t
   }
 }
 
-// One token: bytes straight from the layout, four blocks at a time for four independent sums.
-void bytes_one(const Packed& p, const Operand& o, int64_t m, int64_t b0, int64_t b1, const float* bias, float* y) {
-  const uint8_t* w[4];
-  for (int64_t b = b0; b < b1;) {
-    const int64_t count = b1 - b >= 4 ? 4 : b1 - b >= 2 ? 2 : 1;
-    for (int64_t i = 0; i < count; ++i) w[i] = p.codes(b + i);
-    (count == 4 ? many<1, 4> : count == 2 ? many<1, 2> : many<1, 1>)(p, w, o, m, b, bias, y);
-    b += count;
-  }
-}
-
 }  // namespace
 
 void linear_int8_avx512(const Packed& p, const Operand& o, int64_t m0, int64_t m1, int64_t b0, int64_t b1,
                         const float* bias, float* y) {
-  if (p.h.kind == PackedKind::kBytes && m1 - m0 == 1) return bytes_one(p, o, m0, b0, b1, bias, y);
-  if (o.unpacked || p.h.kind == PackedKind::kBytes) return run_many(p, o, m0, m1, b0, b1, bias, y);
+  if (o.unpacked) return run_many(p, o, m0, m1, b0, b1, bias, y);
   const Kernels& k = kernels_of(p);
   int64_t m = m0;
   for (; m1 - m >= 2; m += std::min<int64_t>(4, m1 - m)) {
@@ -319,10 +310,12 @@ void linear_int8_avx512(const Packed& p, const Operand& o, int64_t m0, int64_t m
     for (int64_t b = b0; b < b1; ++b) fn(p, o, m, b, bias, y);
   }
   if (m == m1) return;
-  int64_t b = b0;
-  for (; b + 4 <= b1; b += 4) k.one[0](p, o, m, b, bias, y);
-  for (; b + 2 <= b1; b += 2) k.one[1](p, o, m, b, bias, y);
-  for (; b < b1; ++b) k.one[2](p, o, m, b, bias, y);
+  for (int64_t b = b0; b < b1;) {
+    const int64_t left = std::min(b1, (b / Packed::kPanel + 1) * Packed::kPanel) - b;  // in this panel
+    const int i = left == 4 ? 0 : left >= 2 ? 1 : 2;
+    k.one[i](p, o, m, b, bias, y);
+    b += 4 >> i;
+  }
 }
 
 // scalar: a = max|x|, q = round_to_even(x * 127/a)

@@ -49,10 +49,9 @@ struct Place {
   int vector[3], shift[3], to[3], width[3], pieces;
 };
 
-Place place(PackedKind kind, int64_t length, int which, int s) {
-  const int steps = static_cast<int>(length / 4);
+Place place(PackedKind kind, int which, int s) {
   switch (stored_bits(kind)) {
-    case 8: return {{which * steps + s}, {0}, {0}, {8}, 1};
+    case 8: return {{2 * s + which}, {0}, {0}, {8}, 1};
     case 4: return {{s}, {4 * which}, {0}, {4}, 1};
     case 2: return {{s / 2}, {4 * which + 2 * (s % 2)}, {0}, {2}, 1};
     case 1: return {{s / 4}, {4 * which + s % 4}, {0}, {1}, 1};
@@ -116,12 +115,10 @@ std::vector<bool> used_codes(const Weights& w) {
 }  // namespace
 
 Packed::Packed(const PackedHeader& header) : h(header), seg(h.groups, h.k / std::max<int64_t>(h.groups, 1)) {
-  blocks = nullptr;
+  panels = nullptr;
   block_count = (h.n + kRows - 1) / kRows;
   units = seg.padded / 2;
   vectors = seg.length / 2 * stored_bits(h.kind) / 8;
-  meta_bytes = (h.groups * group_bytes() + 63) / 64 * 64;
-  block_bytes = units * unit_bytes() + meta_bytes + kRows * 4;
 }
 
 namespace {
@@ -140,7 +137,7 @@ PackedHeader header_of(const uint8_t* buffer, int64_t bytes) {
 
 Packed::Packed(const uint8_t* buffer, int64_t size) : Packed(header_of(buffer, size)) {
   if (bytes() != size) throw std::invalid_argument("a packed matrix whose size contradicts its shape");
-  blocks = buffer + kHeader;
+  panels = buffer + kHeader;
 }
 
 Times packed_times(const PackedHeader& h) {
@@ -204,10 +201,10 @@ PackedHeader plan_packed(const Weights& w) {
 namespace {
 
 // 64 bytes of one step into their places in a unit.
-void put(const Packed& p, int which, int s, const uint8_t from[64], uint8_t* unit) {
-  const Place at = place(p.h.kind, p.seg.length, which, s);
+void put(const Packed& p, int which, int s, const uint8_t from[64], uint8_t* unit, int64_t stride) {
+  const Place at = place(p.h.kind, which, s);
   for (int i = 0; i < at.pieces; ++i) {
-    uint8_t* v = unit + 64 * at.vector[i];
+    uint8_t* v = unit + stride * at.vector[i];
     const int mask = (1 << at.width[i]) - 1;
     for (int j = 0; j < 64; ++j) v[j] |= static_cast<uint8_t>((from[j] >> at.to[i] & mask) << at.shift[i]);
   }
@@ -227,7 +224,7 @@ void pack(const Weights& w, const float* step, const PackedHeader& header, uint8
   h.bytes = p.bytes();
   std::memset(out, 0, static_cast<size_t>(p.bytes()));
   std::memcpy(out, &h, sizeof h);
-  p.blocks = out + Packed::kHeader;
+  p.panels = out + Packed::kHeader;
   const int64_t row = p.seg.padded * p.seg.length;
   std::vector<uint8_t> codes(static_cast<size_t>(w.k)), rows(static_cast<size_t>(Packed::kRows * row));
   for (int64_t b = 0; b < p.block_count; ++b) {
@@ -241,38 +238,38 @@ void pack(const Weights& w, const float* step, const PackedHeader& header, uint8
         std::memcpy(rows.data() + r * row + s * p.seg.length, codes.data() + p.seg.begin(s),
                     static_cast<size_t>(p.seg.size(s)));
     }
-    uint8_t* block = out + Packed::kHeader + b * p.block_bytes;
+    const auto place_of = [&](const void* at) { return out + (static_cast<const uint8_t*>(at) - out); };  // ours: not const
     for (int64_t s = 0; s < p.seg.padded; ++s)
       for (int64_t j = 0; j < p.seg.length / 4; ++j) {
         uint8_t vector[64];
         for (int64_t r = 0; r < Packed::kRows; ++r)
           std::memcpy(vector + 4 * r, rows.data() + r * row + s * p.seg.length + 4 * j, 4);
-        put(p, static_cast<int>(s & 1), static_cast<int>(j), vector, block + s / 2 * p.unit_bytes());
+        put(p, static_cast<int>(s & 1), static_cast<int>(j), vector, place_of(p.codes(b, s / 2)), p.stride(b));
       }
-    uint8_t* meta = block + p.units * p.unit_bytes();
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t g = 0; g < w.groups; ++g) {
         const int64_t from = (n0 + r) * w.groups + g;
-        put_float(h.wide, w.scale[from], r, meta + g * p.group_bytes());
-        if (w.zero) put_float(h.wide, w.zero[from], Packed::kRows + r, meta + g * p.group_bytes());
+        uint8_t* scales = place_of(p.scales(b, g));
+        put_float(h.wide, w.scale[from], r, scales);
+        if (w.zero) put_float(h.wide, w.zero[from], Packed::kRows + r, scales);
       }
-      std::memcpy(block + p.block_bytes - Packed::kRows * 4 + 4 * r, step + (w.table_rows == 1 ? 0 : n0 + r), 4);
+      std::memcpy(place_of(p.step(b)) + 4 * r, step + (w.table_rows == 1 ? 0 : n0 + r), 4);
     }
   }
 }
 
 int packed_u(const Packed& p, int64_t n, int64_t segment, int64_t column) {
-  const Place at = place(p.h.kind, p.seg.length, static_cast<int>(segment & 1), static_cast<int>(column / 4));
-  const uint8_t* unit = p.codes(n / Packed::kRows) + segment / 2 * p.unit_bytes();
-  const int64_t lane = n % Packed::kRows * 4 + column % 4;
+  const Place at = place(p.h.kind, static_cast<int>(segment & 1), static_cast<int>(column / 4));
+  const uint8_t* unit = p.codes(n / Packed::kRows, segment / 2);
+  const int64_t stride = p.stride(n / Packed::kRows), lane = n % Packed::kRows * 4 + column % 4;
   int code = 0;
   for (int i = 0; i < at.pieces; ++i)
-    code |= (unit[64 * at.vector[i] + lane] >> at.shift[i] & ((1 << at.width[i]) - 1)) << at.to[i];
+    code |= (unit[stride * at.vector[i] + lane] >> at.shift[i] & ((1 << at.width[i]) - 1)) << at.to[i];
   return uses_lut(p.h.kind) ? p.h.lut[code] : code * p.h.times;
 }
 
 void packed_scale_zero(const Packed& p, int64_t n, int64_t group, float* scale, float* zero) {
-  const uint8_t* from = p.meta(n / Packed::kRows) + group * p.group_bytes();
+  const uint8_t* from = p.scales(n / Packed::kRows, group);
   const auto value = [&](int64_t i) {
     float f;
     uint16_t half;

@@ -44,9 +44,13 @@ def exact(p: Problem) -> np.ndarray:
 
 @pytest.mark.parametrize("name", LEVELS)
 def test_rows_agree_for_every_kind_and_number_of_tokens(name: str) -> None:
-    """1 to 4 tokens have kernels of their own, 12 and more expand the codes first; 16 rows are a block."""
+    """1 to 4 tokens have kernels of their own, 12 and more expand the codes first; 16 rows are a block, 64 a panel, and
+    scales stand behind the unit (two segments) that ends their group."""
     for m, n, k, groups in (
         (1, 130, 64, 1),
+        (1, 112, 160, 5),
+        (1, 96, 288, 3),
+        (2, 80, 96, 3),
         (1, 17, 70, 2),
         (2, 16, 96, 1),
         (3, 33, 48, 3),
@@ -58,7 +62,7 @@ def test_rows_agree_for_every_kind_and_number_of_tokens(name: str) -> None:
         for isa in ROWS:
             assert np.array_equal(run(p, isa), want), (isa, m, n, k)
     for m in (11, 12, 17):
-        p = with_levels(LEVELS[name], m, 35, 96, 3)
+        p = with_levels(LEVELS[name], m, 99, 96, 3)
         want = run(p, "scalar")
         for isa in ROWS:
             assert np.array_equal(run(p, isa), want), (isa, m)
@@ -100,14 +104,14 @@ def test_steps_and_bias(isa: str) -> None:
 
 
 def test_codes_keep_their_width_and_scales_their_value() -> None:
-    """Bytes for one row of 1024 weights, float16 scales where they are exact."""
+    """Bytes for one row of 1024 weights (64 rows fill a panel), float16 scales where they are exact."""
     sizes = {}
     for name, levels in LEVELS.items():
-        p = with_levels(levels, 1, 16, 1024, 8, zero=False)
+        p = with_levels(levels, 1, 64, 1024, 8, zero=False)
         p.scale = p.scale.half().float()
-        sizes[name] = (p.packed().numel() - 256 - 64) / 16
+        sizes[name] = (p.packed().numel() - 256 - 256) / 64
         p.scale += 2.0**-20
-        assert (p.packed().numel() - 256 - 64) / 16 == sizes[name] + 16
+        assert (p.packed().numel() - 256 - 256) / 64 == sizes[name] + 16
     bits = {name: (size - 16) / 128 for name, size in sizes.items()}
     assert list(bits.values()) == [1, 1, 8, 2, 2, 2, 3, 3, 4, 4, 8, 8], bits
 

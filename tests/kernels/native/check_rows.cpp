@@ -158,7 +158,8 @@ bool quantize_agrees(const Problem& p, const std::string& isa) {
 
 constexpr int kShapes[][4] = {  // M, N, K, groups
     {1, 1, 1, 1},   {2, 3, 5, 5},    {3, 5, 33, 3},    {4, 7, 66, 66},   {5, 9, 70, 7},  {7, 13, 300, 2},
-    {1, 17, 96, 3}, {6, 26, 641, 1}, {2, 33, 1300, 4}, {13, 40, 128, 1}, {1, 32, 48, 3}, {30, 18, 64, 2}};
+    {1, 17, 96, 3}, {6, 26, 641, 1}, {2, 33, 1300, 4}, {13, 40, 128, 1}, {1, 32, 48, 3}, {30, 18, 64, 2},
+    {1, 112, 160, 5}, {13, 80, 96, 3}};
 
 int report(const char* op, const char* isa, int wrong, int count) {
   std::printf("%-14s %-8s %s (%d of %d problems differ)\n", op, isa, wrong ? "FAILED" : "ok", wrong, count);
