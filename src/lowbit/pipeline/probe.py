@@ -180,7 +180,8 @@ class Prober:
         reference = [(x @ w.T).log_softmax(-1) for x in self.head_inputs.split(128)]
         found = {}
         for text in self.embeddings:
-            w_hat = quantize_rows(w, Format.parse(text)).dequantize()
+            w_hat = w.clone()  # rounded in slices: the codes of the whole would take several times its memory
+            quantize_rows(w_hat, Format.parse(text), keep=True)
             total = 0.0
             for x, log_p in zip(self.head_inputs.split(128), reference):
                 log_q = (x @ w_hat.T).log_softmax(-1)
