@@ -54,6 +54,9 @@ def test_first_convolution_and_last_linear_stay_float() -> None:
     assert [name for name, _, _ in weight_functions(prepare(net(), "ternary"))] == ["3", "6"]
     assert [name for name, _, _ in weight_functions(prepare(net(), "ternary", keep_ends=False))] == ["0", "3", "6", "8"]
     assert [name for name, _, _ in weight_functions(prepare(net(), "ternary", skip=["3"]))] == ["6"]
+    rules = [{"match": ["3", "none*"], "weights": "int4"}, {"match": "6", "weights": "float"}]
+    found = list(weight_functions(prepare(net(), {"weights": "ternary", "layers": rules})))
+    assert [name for name, _, _ in found] == ["3"] and found[0][2].format.levels.bits == 4
 
 
 def test_a_single_layer_is_returned_packed() -> None:

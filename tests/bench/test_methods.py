@@ -65,12 +65,14 @@ def test_the_command_trains_times_packs_and_reports(command: list[str], tmp_path
 
     run()
     run("--cost", "1", "--rows", "w1-ste,w1a1-bnn")
+    run("--corrupt", "20")
     found = run("--pack")
     rows = {r["row"]: r for r in found["rows"]}
     assert list(rows) == ["w1-ste", "w1a1-bnn"] and found["whole"]
     for r in rows.values():
         assert 1 < r["bits_per_weight"] < 2 < r["bits_per_weight_file"] and r["same_class"] == 1
         assert r["seeds"] == 1 and r["spread"] is None and r["to_fp32"] is None and r["cost"] > 0
+        assert r["corrupted"] >= 0
     page = Path(found["report"]).read_text("utf-8")
     assert "w1a1-bnn" in page and "binary-channel" in page
 

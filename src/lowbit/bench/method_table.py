@@ -1,6 +1,7 @@
 """The table of a methods folder: accuracy over seeds, bits counted, cost, what failed; as data, words and Markdown.
 
-Reads what `lowbit bench methods` wrote: results.jsonl (trainings), packed.jsonl (`--pack`), cost.jsonl (`--cost`).
+Reads what `lowbit bench methods` wrote: results.jsonl (trainings), packed.jsonl (`--pack`), cost.jsonl (`--cost`),
+corrupted.jsonl (`--corrupt`).
 """
 
 import json
@@ -12,7 +13,7 @@ from lowbit.bench.pool import read_rows
 from lowbit.bench.rows import ROWS, Protocol
 
 COLUMNS = (
-    "row", ">accuracy", ">spread", ">to fp32", ">seeds", ">failed", "format", ">bits", ">bits, file", ">bytes", ">cost",
+    "row", ">accuracy", ">spread", ">to fp32", ">seeds", ">failed", "format", ">bits", ">bits, file", ">bytes", ">cost", ">corrupted",
 )  # fmt: skip
 
 
@@ -21,12 +22,13 @@ def table(folder: Path, protocol: Protocol) -> list[dict[str, Any]]:
 
     accuracy, spread: mean and standard deviation over seeds, 0 to 1, None where there is none; to_fp32: difference of
     the means; bits_per_weight, bits_per_weight_file, bytes, same_class: of the packed network (the worst agreement of
-    all seeds), None before `--pack`; cost: time of a step over fp32's, None before `--cost`; errors: of failed seeds
+    all seeds), None before `--pack`; cost: time of a step over fp32's, None before `--cost`; corrupted: accuracy on corrupted images
+    over clean ones, mean over seeds, None before `--corrupt`; errors: of failed seeds
     """
     found = [r for r in read_rows(folder) if r["protocol"] == vars(protocol)]
-    packed, costs = _by_row(folder / "packed.jsonl"), _by_row(folder / "cost.jsonl")
+    packed, costs, worse = (_by_row(folder / f"{name}.jsonl") for name in ("packed", "cost", "corrupted"))
     rows = [
-        _row(name, [r for r in found if r["row"] == name], packed.get(name, []), costs.get(name, []))
+        _row(name, [r for r in found if r["row"] == name], *(kept.get(name, []) for kept in (packed, costs, worse)))
         for name in ROWS
         if any(r["row"] == name for r in found) or name in costs
     ]
@@ -37,9 +39,10 @@ def table(folder: Path, protocol: Protocol) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(name: str, runs: list[dict], packed: list[dict], costs: list[dict]) -> dict[str, Any]:
+def _row(name: str, runs: list[dict], packed: list[dict], costs: list[dict], worse: list[dict]) -> dict[str, Any]:
     right = [r["accuracy"] for r in runs if r["status"] == "done"]
     size = packed[0] if packed else {}
+    relative = [r["relative"] for r in {r["seed"]: r for r in worse}.values() if r["relative"] is not None]
     return {
         "row": name,
         "accuracy": fmean(right) if right else None,
@@ -52,6 +55,7 @@ def _row(name: str, runs: list[dict], packed: list[dict], costs: list[dict]) -> 
         **{k: size.get(k) for k in ("bits_per_weight", "bits_per_weight_file", "bytes")},
         "same_class": min((p["same_class"] for p in packed), default=None),
         "cost": costs[-1]["cost"] if costs else None,
+        "corrupted": fmean(relative) if relative else None,
     }
 
 
@@ -62,7 +66,7 @@ def cells(r: dict[str, Any]) -> tuple[str, ...]:
     size = (_or_empty(r["bits_per_weight"], ".3f"), _or_empty(r["bits_per_weight_file"], ".3f"),
             _or_empty(r["bytes"], ","))  # fmt: skip
     return (r["row"], accuracy, _points(r["spread"]), gap, str(r["seeds"]), str(r["failed"] or ""), r["format"],
-            *size, _or_empty(r["cost"], ".2f"))  # fmt: skip
+            *size, _or_empty(r["cost"], ".2f"), _or_empty(r["corrupted"], ".3f"))  # fmt: skip
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

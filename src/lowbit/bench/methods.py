@@ -5,7 +5,8 @@
 
 Type the same command again to go on where it stopped: finished rows are kept, unfinished ones have checkpoints (a
 `--minutes` limit writes them too). `--smoke` runs 30 steps of every row, `--probe` measures images per second, `--cost`
-times steps beside fp32's, `--pack` packs the finished networks and compares each with what was trained.
+times steps beside fp32's, `--pack` packs the finished networks and compares each with what was trained, `--corrupt`
+evaluates them on test images with noise, blur, fog, JPEG artefacts and others.
 `python -m lowbit.bench.methods` is the same with less around it, for machines that have torch and little else.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from lowbit.bench.corruption import corrupt_all
 from lowbit.bench.method_cost import measure_costs
 from lowbit.bench.method_table import cells, table
 from lowbit.bench.pool import Job, Setting, Slot, Templates, read_rows, run_pool
@@ -49,6 +51,7 @@ class Request:
     probe: bool = False
     pack: bool = False
     cost: int = 0
+    corrupt: int = 0
     changes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -95,6 +98,9 @@ def run(request: Request, say: Say) -> int:
         return 0
     if request.pack:
         return pack_all(setting, jobs, say)
+    if request.corrupt:
+        corrupt_all(setting, jobs, request.corrupt, say)
+        return 0
     return _train(setting, jobs, request, began, say)
 
 
@@ -245,6 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--smoke", action="store_true", help="30 steps of every row")
     p.add_argument("--cost", type=int, default=0, metavar="STEPS", help="time so many steps of each row beside fp32's")
     p.add_argument("--pack", action="store_true", help="pack and evaluate what is finished")
+    p.add_argument("--corrupt", type=int, default=0, metavar="IMAGES", help="evaluate on so many corrupted test images")
     p.add_argument("--probe", action="store_true", help="measure images per second")
     return p
 

@@ -18,11 +18,7 @@ from lowbit.training import summary
 
 def measure(row: Row, protocol: Protocol, weights: Path, data: DeviceImages) -> dict[str, Any]:
     """Bits counted, bytes, accuracy, and the share of test images that get the class the float weights give."""
-    from safetensors import safe_open
-
-    with safe_open(weights, "pt") as file:
-        fmt = str((file.metadata() or {})["format"])
-        tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    fmt, tensors = _read(weights)
     trained = float_network(row, protocol, tensors)
     packed = trained if fmt == "float" else packed_network(row, protocol, tensors, Format.parse(fmt))
     same = right = 0
@@ -41,6 +37,19 @@ def measure(row: Row, protocol: Protocol, weights: Path, data: DeviceImages) -> 
         "accuracy": right / n,
         "same_class": same / n,
     }
+
+
+def read_float_network(row: Row, protocol: Protocol, weights: Path) -> nn.Module:
+    """The network of a weights file, in eval mode."""
+    return float_network(row, protocol, _read(weights)[1])
+
+
+def _read(weights: Path) -> tuple[str, dict[str, Tensor]]:
+    """(format, tensors) of a file that a finished training left."""
+    from safetensors import safe_open
+
+    with safe_open(weights, "pt") as file:
+        return str((file.metadata() or {})["format"]), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
 
 
 def float_network(row: Row, protocol: Protocol, tensors: dict[str, Tensor]) -> nn.Module:

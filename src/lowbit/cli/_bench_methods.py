@@ -33,6 +33,9 @@ def methods(
     probe: Annotated[bool, typer.Option("--probe", help="Measure images per second.")] = False,
     cost: Annotated[int, typer.Option(min=0, metavar="STEPS", help="Time so many steps of each row and of fp32.")] = 0,
     pack: Annotated[bool, typer.Option("--pack", help="Pack what is finished, count bits, compare.")] = False,
+    corrupt: Annotated[
+        int, typer.Option(min=0, metavar="IMAGES", help="Evaluate what is finished on so many corrupted test images.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Compare ways to train at 1 to 4 bits: one network, one protocol, many methods, several seeds.
@@ -40,6 +43,7 @@ def methods(
         lowbit bench methods --data cifar10/ -o methods/ --seeds 3            hours on a CPU; type it again to go on
         lowbit bench methods --data cifar10/ -o methods/ --cost 10            time of a step over fp32's
         lowbit bench methods --data cifar10/ -o methods/ --seeds 3 --pack     bits counted, packed against trained
+        lowbit bench methods --data cifar10/ -o methods/ --seeds 3 --corrupt 2000     noise, blur, fog, JPEG, ...
 
     A row that fails is a failed row with its reason; the others go on. The table is printed and written to
     OUT/report.html. Exit code 0 when all is done, 1 after a failed check, 3 when --minutes ran out.
@@ -52,7 +56,7 @@ def methods(
                "train_images": train_images, "test_images": test_images}  # fmt: skip
     request = Request(
         data, out, protocol, rows, seeds, workers, device, minutes or float("inf"), bf16, compiled, not no_graphs,
-        curve, smoke, probe, pack, cost, changes,
+        curve, smoke, probe, pack, cost, corrupt, changes,
     )  # fmt: skip
     code = run(request, sh.say)
     if not (smoke or probe):

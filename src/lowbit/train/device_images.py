@@ -27,11 +27,12 @@ class DeviceImages:
         i, dy, dx, flip = draw
         rows = dy[:, None] + self.at
         columns = torch.where(flip[:, None] > 0, self.size - 1 - self.at, self.at) + dx[:, None]
-        return self._normal(self.padded[i[:, None, None], rows[:, :, None], columns[:, None, :]], dtype), self.y[i]
+        return self.normal(self.padded[i[:, None, None], rows[:, :, None], columns[:, None, :]], dtype), self.y[i]
 
     def test_batches(self, size: int = 1000) -> "list[tuple[Tensor, Tensor]]":
         chunks = zip(self.x_test.split(size), self.y_test.split(size))
-        return [(self._normal(x, torch.float32), y) for x, y in chunks]
+        return [(self.normal(x), y) for x, y in chunks]
 
-    def _normal(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def normal(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """x (n, h, w, 3) uint8 -> (n, 3, h, w) with mean 0 and spread about 1."""
         return ((x.float() - self.mean) * self.gain).to(dtype).permute(0, 3, 1, 2)

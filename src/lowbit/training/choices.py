@@ -3,7 +3,7 @@
     weights: {method: quantize, format: binary-channel, estimator: reste}     or a method's name, or a format
     activations: {method: sign, estimator: approxsign}                        or a method's name; left out: float
     layers:                                          other choices for some layers, the first match wins
-      - {match: "blocks.0.*", weights: float}        "float" leaves a layer (or its inputs) alone
+      - {match: "blocks.0.*", weights: float}        "float" leaves a layer (or its inputs) alone; match: one or a list
     skip: ["head*"]                                  layers to leave alone
     keep_ends: true                                  the first convolution and the last linear layer stay in float
 
@@ -39,9 +39,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rule:
-    """match: a pattern of layer names; weights, activations: what they get, None for float."""
+    """match: patterns of layer names; weights, activations: what they get, None for float."""
 
-    match: str
+    match: tuple[str, ...]
     weights: "Choice | None"
     activations: "Choice | None"
 
@@ -56,9 +56,9 @@ class Choices:
 
     def rule_for(self, layer: str) -> "Rule | None":
         """The first rule that names the layer; None where it is left alone."""
-        if any(fnmatchcase(layer, pattern) for pattern in self.skip):
+        if _named(layer, self.skip):
             return None
-        rule = next(r for r in self.rules if fnmatchcase(layer, r.match))
+        rule = next(r for r in self.rules if _named(layer, r.match))
         return rule if rule.weights is not None or rule.activations is not None else None
 
 
@@ -78,9 +78,8 @@ def read_choices(
     weights, activations = read_weights(request.get("weights")), read_activations(request.get("activations"))
     rules = [_rule(row, weights, activations) for row in request.get("layers") or ()]
     kept = request.get("keep_ends", True) if keep_ends is None else keep_ends
-    patterns = request.get("skip", ()) if skip is None else skip
-    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    return Choices((*rules, Rule("*", weights, activations)), patterns, bool(kept))
+    patterns = _patterns(request.get("skip", ()) if skip is None else skip)
+    return Choices((*rules, Rule(("*",), weights, activations)), patterns, bool(kept))
 
 
 def read_weights(given: Any) -> "Choice | None":
@@ -141,4 +140,12 @@ def _rule(row: Any, weights: "Choice | None", activations: "Choice | None") -> R
             raise RecipeError(f"unknown field {name!r} of a layer's rule. {near_names(str(name), RULE_FIELDS)}")
     w = read_weights(row["weights"]) if "weights" in row else weights
     a = read_activations(row["activations"]) if "activations" in row else activations
-    return Rule(str(row["match"]), w, a)
+    return Rule(_patterns(row["match"]), w, a)
+
+
+def _patterns(given: "str | Iterable[str]") -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(str(p) for p in given)
+
+
+def _named(layer: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(layer, pattern) for pattern in patterns)
