@@ -13,7 +13,8 @@ from lowbit.bench.pool import read_rows
 from lowbit.bench.rows import ROWS, Protocol
 
 COLUMNS = (
-    "row", ">accuracy", ">spread", ">to fp32", ">seeds", ">failed", "format", ">bits", ">bits, file", ">bytes", ">cost", ">corrupted",
+    "row", ">accuracy", ">spread", ">to fp32", ">seeds", ">failed", "format", ">bits", ">bits, file", ">bytes", ">cost",
+    ">corrupted",
 )  # fmt: skip
 
 
@@ -22,8 +23,8 @@ def table(folder: Path, protocol: Protocol) -> list[dict[str, Any]]:
 
     accuracy, spread: mean and standard deviation over seeds, 0 to 1, None where there is none; to_fp32: difference of
     the means; bits_per_weight, bits_per_weight_file, bytes, same_class: of the packed network (the worst agreement of
-    all seeds), None before `--pack`; cost: time of a step over fp32's, None before `--cost`; corrupted: accuracy on corrupted images
-    over clean ones, mean over seeds, None before `--corrupt`; errors: of failed seeds
+    all seeds), None before `--pack`; cost: time of a step over fp32's, None before `--cost`; corrupted: accuracy on
+    corrupted images over clean ones, mean over seeds, None before `--corrupt`; errors: of failed seeds
     """
     found = [r for r in read_rows(folder) if r["protocol"] == vars(protocol)]
     packed, costs, worse = (_by_row(folder / f"{name}.jsonl") for name in ("packed", "cost", "corrupted"))

@@ -3,8 +3,8 @@
     corrupt(x, "noise", 3)         x: (n, h, w, 3) uint8, the same out; severities 1 (mild) to 5
 
 Kinds and severities follow CIFAR-10-C (Hendrycks and Dietterich 2019, arXiv:1903.12261), which BiBench's corruption
-track uses (Qin 2023, arXiv:2301.11233). The functions are ours and the originals are JPEGs already, so the accuracies are
-not those of the published files. Random ones draw from a generator of their own: the same images every time.
+track uses (Qin 2023, arXiv:2301.11233). The functions are ours and the originals are JPEGs already, so the accuracies
+are not those of the published files. Random ones draw from a generator of their own: the same images every time.
 """
 
 import math
@@ -19,9 +19,10 @@ from lowbit.errors import RecipeError, near_names
 Change = Callable[[Tensor, float, torch.Generator], Tensor]  # (n, 3, h, w) in [0, 1], strength, generator
 
 LUMINANCE = (
-    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87,
-    80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101, 72, 92,
-    95, 98, 112, 100, 103, 99,
+    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55,
+    14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
+    18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
+    49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
 )  # fmt: skip  # the example tables of the JPEG standard, row by row; of colours the corner, 99 elsewhere
 COLOUR = (17, 18, 24, 47, 18, 21, 26, 66, 24, 26, 56, 99, 47, 66, 99, 99)
 
@@ -110,7 +111,7 @@ def _boxes(out: int, in_: int) -> Tensor:
 
 def _jpeg(x: Tensor, quality: float, draw: torch.Generator) -> Tensor:
     """Luminance and both colour differences in rounded 8 x 8 cosine blocks, no subsampling."""
-    n, _, h, w = x.shape
+    h, w = x.shape[-2:]
     x = F.pad(x, (0, -w % 8, 0, -h % 8), mode="replicate")
     to_ycc = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
     scale = 50 / quality if quality < 50 else 2 - quality / 50
