@@ -189,6 +189,7 @@ void bind_sparse(nb::module_&);   // binding_sparse.cpp
 
 NB_MODULE(_kernels, m) {
   m.doc() = "Kernels of lowbit. Internal: arguments are checked, nothing is converted. Use lowbit.runtime.";
+  m.attr("ABI") = 2;  // raised, here and in kernels.py, whenever a signature below or a layout changes
   m.def("table", &table, "[(op, isa, supported by this CPU)], best row of each operation first");
   m.def("pick", &picked, "op"_a, "isa"_a, "Name of the row that runs `op` when LOWBIT_ISA is `isa` ('' for the best)");
   m.def("segments", &segments, "groups"_a, "group"_a, "(count, length, padded, per_group) of the segments");
@@ -215,4 +216,5 @@ NB_MODULE(_kernels, m) {
   bind_sparse(m);
   bind_binary(m);
   bind_conv(m);
+  bind_linear(m);
 }

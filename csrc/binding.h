@@ -73,5 +73,6 @@ int64_t table_rows(const A& table, const lowbit::Weights& w) {
 
 void bind_binary(nb::module_& m);  // binding_binary.cpp
 void bind_conv(nb::module_& m);    // binding_conv.cpp
+void bind_linear(nb::module_& m);  // binding_linear.cpp
 
 }  // namespace lowbit::binding

@@ -2,7 +2,6 @@
 #include <nanobind/stl/string.h>
 
 #include "binding_sparse.h"
-#include "linear_int8.h"
 
 using nb::literals::operator""_a;
 
@@ -19,30 +18,11 @@ nb::bytes pack_sparse(Index start, Indices column, Vector value, Vector factor, 
   return nb::bytes(reinterpret_cast<const char*>(out.data()), out.size());
 }
 
-// Both parts of a layer in one call: one token's exceptions take little longer than a call through Python.
-void linear_int8_sparse(Floats x, Array<const uint8_t, 1> packed, Index start, Indices column, Vector value,
-                        Array<const uint8_t, 1> steps, Array<float, 2> y, int n_threads, const std::string& isa) {
-  const lowbit::Packed w(packed.data(), dim(packed, 0));
-  const lowbit::Places p = places(start, column, value, dim(x, 1));
-  const lowbit::Steps s(steps.data(), dim(steps, 0));
-  need(w.h.k == p.k && w.h.n == p.n, "x has shape " + shape(x) + "; the packed matrix is [" + str(w.h.n) + ", " +
-                                         str(w.h.k) + "], its exceptions are for " + str(p.n) + " rows");
-  need(s.h.n == p.n && s.h.k == p.k, "the exceptions were prepared for another matrix");
-  need(dim(y, 0) == dim(x, 0) && dim(y, 1) == p.n, "y has shape " + shape(y) + " for x " + shape(x));
-  const float* from = x.data();
-  const int64_t m = dim(x, 0);
-  float* to = y.data();
-  nb::gil_scoped_release release;
-  if (m == 0 || p.n == 0) return;
-  lowbit::linear_int8(w, from, m, nullptr, to, n_threads, isa);
-  lowbit::sparse_linear(p, s, from, m, to, n_threads, isa);
-}
-
 void sparse_linear(Floats x, Index start, Indices column, Vector value, Array<const uint8_t, 1> steps,
                    Array<float, 2> y, int n_threads, const std::string& isa) {
-  const lowbit::Places p = places(start, column, value, dim(x, 1));
-  const lowbit::Steps s(steps.data(), dim(steps, 0));
-  need(s.h.n == p.n && s.h.k == p.k, "the exceptions were prepared for another matrix");
+  const Exceptions added(start, column, value, steps);
+  const lowbit::Places p = added.places(dim(x, 1));
+  const lowbit::Steps s = added.prepared_for(p);
   need(dim(y, 0) == dim(x, 0) && dim(y, 1) == p.n, "y has shape " + shape(y) + " for x " + shape(x));
   const float* from = x.data();
   const int64_t m = dim(x, 0);
@@ -56,8 +36,6 @@ void sparse_linear(Floats x, Index start, Indices column, Vector value, Array<co
 void bind_sparse(nb::module_& m) {
   m.def("pack_sparse", &pack_sparse, "start"_a.noconvert(), "column"_a.noconvert(), "value"_a.noconvert(),
         "factor"_a.noconvert(), "k"_a, "integer"_a);
-  m.def("linear_int8_sparse", &linear_int8_sparse, "x"_a.noconvert(), "packed"_a.noconvert(), "start"_a.noconvert(),
-        "column"_a.noconvert(), "value"_a.noconvert(), "steps"_a.noconvert(), "y"_a.noconvert(), "n_threads"_a, "isa"_a);
   m.def("sparse_linear", &sparse_linear, "x"_a.noconvert(), "start"_a.noconvert(), "column"_a.noconvert(),
         "value"_a.noconvert(), "steps"_a.noconvert(), "y"_a.noconvert(), "n_threads"_a, "isa"_a,
         "y += x @ S.T; `steps` from pack_sparse of the same matrix, unchanged");

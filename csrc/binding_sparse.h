@@ -27,4 +27,22 @@ inline void check(const Places& p) {
   }
 }
 
+// The arrays of a sparse matrix prepared for the kernels.
+struct Exceptions {
+  Index start;
+  Indices column;
+  Vector value;
+  Array<const uint8_t, 1> steps;
+
+  Exceptions(Index start_, Indices column_, Vector value_, Array<const uint8_t, 1> steps_)
+      : start(start_), column(column_), value(value_), steps(steps_) {}
+
+  Places places(int64_t k) const { return binding::places(start, column, value, k); }
+  Steps prepared_for(const Places& p) const {
+    const Steps s(steps.data(), dim(steps, 0));
+    need(s.h.n == p.n && s.h.k == p.k, "the exceptions were prepared for another matrix");
+    return s;
+  }
+};
+
 }  // namespace lowbit::binding

@@ -144,7 +144,7 @@ def test_the_self_check_refuses_a_wrong_row(monkeypatch: pytest.MonkeyPatch) -> 
     module._agrees.cache_clear()
     try:
         with pytest.raises(KernelError, match=f"sparse_linear/{isa}.*refused"):
-            module._checked_isa()
+            module.checked_isa()
     finally:
         module._agrees.cache_clear()
 

@@ -26,6 +26,7 @@ from lowbit.formats import pack_bits
 OPS = ("decode", "embedding", "linear_float", "quantize", "linear_int8")
 FAMILIES = {"table16": (1, 2, 3, 4), "table256": (5, 6, 7, 8)}  # format family -> bits per code
 ISAS = ("avx512", "avx2", "dotprod", "neon", "scalar")  # best first; dotprod: 64-bit ARM with SDOT
+ABI = 2  # of the extension, as csrc/binding.cpp has it: raised whenever a signature or a layout changes
 _TABLE_OF = {"embedding": "decode"}  # an embedding decodes the rows it is asked for
 
 
@@ -160,6 +161,11 @@ def _extension() -> ModuleType:
         raise KernelError(
             f"the compiled kernels cannot be loaded ({e}). Reinstall lowbit: pip install --force-reinstall lowbit"
         ) from e
+    if (found := getattr(_kernels, "ABI", 1)) != ABI:
+        raise KernelError(
+            f"the compiled kernels are of another version than the Python files (interface {found}, needed {ABI}). "
+            "Rebuild them: make build in a checkout, else pip install --force-reinstall lowbit"
+        )
     return _kernels
 
 

@@ -24,9 +24,10 @@ from lowbit.formats import QuantizedTensor, tensor_specs
 from lowbit.formats.tensor import matrix_shape
 from lowbit.runtime import conv_kernels, ops
 from lowbit.runtime.binary_kernels import Geometry
+from lowbit.runtime.direct import Direct, is_plain
 from lowbit.runtime.kernels import pack_rows
 from lowbit.runtime.slabs import Slabs, slabs
-from lowbit.runtime.sparse import Sparse, sparse, sparse_linear
+from lowbit.runtime.sparse import Sparse, sparse
 from lowbit.runtime.tiled import left_out, merged
 
 ACTIVATIONS = ("float", "int8")
@@ -142,6 +143,7 @@ class _Packed(nn.Module):
     """What the packed layers share: the buffers of one quantized tensor, their meta, and what is derived from them."""
 
     bias: "nn.Parameter | None"
+    _direct: "Direct | None" = None  # the call of what is prepared
 
     def __init__(self, meta: dict[str, Any], device: Any = None, activations: str = "float") -> None:
         super().__init__()
@@ -163,6 +165,7 @@ class _Packed(nn.Module):
         if kind not in ACTIVATIONS:
             raise FormatError(f'activations={kind!r} is unknown. Use "float" or "int8".')
         self._activations = kind
+        self._direct = None
 
     def quantized(self) -> QuantizedTensor:
         """The quantized tensor these buffers hold, checked anew.
@@ -226,9 +229,7 @@ class _Packed(nn.Module):
         weight, added = prepared.weight, prepared.sparse
         if self._activations == "int8" and prepared.int8:
             int8, added = prepared.int8[part], prepared.sparse_int8
-            if rows is None and not isinstance(int8, Slabs):
-                return ops.run_int8(x, int8.packed, int8.out_features, added)
-            y = int8.product(x) if isinstance(int8, Slabs) else ops.run_int8(x, *int8)
+            y = int8.product(x) if isinstance(int8, Slabs) else ops.linear_int8(x, *int8)
         else:
             weight = weight if rows is None else _rows_of(weight, rows)
             y = weight.product(x) if isinstance(weight, Slabs) else ops.linear_float(x, *weight)
@@ -237,18 +238,14 @@ class _Packed(nn.Module):
         if rows is not None:
             assert prepared.exceptions is not None
             return y + ops.sparse_linear(x, *_exceptions_of(prepared.exceptions, rows), y.shape[-1])
-        if not _is_plain(x, y):
-            return ops.sparse_add(x, y, *added)
-        # straight to the kernel: the way through torch would take longer than one token's exceptions
-        sparse_linear(x.detach().reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]), added)
-        return y
+        return ops.sparse_add(x, y, *added)
 
     def _kept(self) -> tuple[str, ...]:
         """Names of the buffers that no cast changes."""
         return self._packed
 
     def _forget(self) -> None:
-        self._prepared = None
+        self._prepared = self._direct = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Packed":
         """Moves follow; casts do not: `.half()` or `.to(dtype)` on a model must not round what the artifact stores."""
@@ -269,7 +266,7 @@ class _Packed(nn.Module):
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prepared": None}
+        return self.__dict__ | {"_prepared": None, "_direct": None}
 
     def _fill(self, qt: QuantizedTensor, bias: "Tensor | None") -> None:
         self._buffers.update(qt.tensors())
@@ -285,12 +282,6 @@ class _Packed(nn.Module):
 
     def _sizes(self) -> str:
         return "shape=" + "x".join(map(str, self.shape))
-
-
-def _is_plain(x: Tensor, y: Tensor) -> bool:
-    """Nothing traces or differentiates: y may be changed in place."""
-    float32 = type(x) is Tensor and x.dtype == torch.float32 and x.is_contiguous() and y.is_contiguous()
-    return float32 and not torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def _rows_of(w: "KernelWeight | Slabs", rows: slice) -> "KernelWeight | Slabs":
@@ -341,8 +332,26 @@ class PackedLinear(_Packed):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"input has {x.shape[-1]} features, the layer needs {self.in_features}.")
+        if is_plain(x):
+            direct = self._direct
+            if (direct and (y := direct(self, x)) is not None) or (y := self._direct_anew(x)) is not None:
+                return y
         y = self._matmul(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _direct_anew(self, x: Tensor) -> "Tensor | None":
+        """y as one call of the kernel, of what the layer holds now; None where that cannot be had."""
+        prepared, self._direct = self.prepare(), None
+        int8 = self._activations == "int8"
+        weight: Any = prepared.int8[0] if int8 else prepared.weight
+        if isinstance(weight, Slabs) or not Direct.fits(self):
+            return None
+        shape = (self.out_features, self.in_features)
+        if int8:
+            self._direct = Direct(self, shape, (weight.packed,), prepared.sparse_int8)
+        else:
+            self._direct = Direct(self, shape, weight, prepared.sparse)
+        return self._direct(self, x)
 
     def _sizes(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"

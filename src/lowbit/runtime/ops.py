@@ -20,7 +20,6 @@ from torch import Tensor
 from lowbit.errors import KernelError
 from lowbit.runtime import kernels
 from lowbit.runtime.sparse import Sparse
-from lowbit.runtime.sparse import linear_int8 as linear_int8_sparse
 from lowbit.runtime.sparse import sparse_linear as sparse_linear_
 
 _PACKED = "Tensor codes, Tensor {table}, Tensor scale, Tensor zero, int bits"
@@ -51,26 +50,6 @@ def linear_float(x: Tensor, codes: Tensor, table: Tensor, scale: Tensor, zero: T
 def linear_int8(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     """`linear_float` with x rounded to int8 per token and segment; packed: `pack_int8`. Not differentiable."""
     return _unflat(kernels.linear_int8(_flat(x), packed, out_features), x)
-
-
-def run_int8(x: Tensor, packed: Tensor, out_features: int, added: "Sparse | None" = None) -> Tensor:
-    """`linear_int8`, then `sparse_add` of exceptions; without torch's dispatcher where nothing watches it: that would
-    take longer than the product.
-    """
-    watched = (
-        type(x) is not Tensor
-        or x.requires_grad
-        or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-    )
-    if watched or x.dtype is not torch.float32 or not x.is_contiguous():
-        y = linear_int8(x, packed, out_features)
-        return y if added is None else sparse_add(x, y, *added)
-    flat = x.view(-1, x.shape[-1])
-    y = kernels.linear_int8(flat, packed, out_features) if added is None else linear_int8_sparse(flat, packed, added)
-    return y.view(*x.shape[:-1], out_features)
 
 
 @_operator("Tensor ids, " + _PACKED.format(table="table") + ", int columns")

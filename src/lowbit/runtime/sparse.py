@@ -66,14 +66,7 @@ def row_factors(row: Tensor, value: Tensor, rows: int) -> Tensor:
 
 def sparse_linear(x: Tensor, y: Tensor, s: Sparse, isa: "str | None" = None) -> None:
     """y (M, N) += x (M, K) @ S.T, in place; float32, contiguous, on the CPU."""
-    kernels._call(kernels._extension().sparse_linear, x, *s, y, kernels._threads(), isa or _checked_isa())
-
-
-def linear_int8(x: Tensor, packed: Tensor, s: Sparse) -> Tensor:
-    """`kernels.linear_int8` and then `sparse_linear`, in one call: x (M, K), y (M, N)."""
-    y = kernels._new(x.shape[0], s.start.shape[0] - 1)
-    kernels._call(kernels._extension().linear_int8_sparse, x, packed, *s, y, kernels._threads(), _checked_isa())
-    return y
+    kernels._call(kernels._extension().sparse_linear, x, *s, y, kernels._threads(), isa or checked_isa())
 
 
 def rows() -> list[dict[str, Any]]:
@@ -89,7 +82,8 @@ def rows() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _checked_isa() -> str:
+def checked_isa() -> str:
+    """Name of the rows that run, those of the exceptions checked too."""
     isa = kernels.active_isa()
     if not _agrees(isa):
         raise kernels.KernelError(
