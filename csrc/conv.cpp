@@ -320,7 +320,7 @@ void int_conv(const IntConv& c, const IntImage& in, const IntEpilogue& e, int n_
     const Packed& w = c.weights[g];
     const Tokens t = gather(c, f, r, w.seg, f.q + b * f.h * f.row, f.scale[b], g, p0, m, tokens);
     float* v = e.y && c.groups == 1 ? e.y + p * c.n : room(out, m * width);
-    linear_int8(w, t, c.bias ? c.bias + g * width : nullptr, v, 1, isa);
+    linear_int8({{w, c.bias ? c.bias + g * width : nullptr, v}}, t, 1, isa);
     finish(c, e, r, v, p, m, g * width, width);
   });
 }

@@ -24,6 +24,11 @@ struct Product {
   float* y;
 };
 
+bool same_segments(const Linear& a, const Linear& b) {
+  return a.packed && b.packed && a.packed->seg.group == b.packed->seg.group &&
+         a.packed->seg.count == b.packed->seg.count;
+}
+
 struct Run {
   const DecoderMath& math;
   int n_threads;
@@ -37,19 +42,21 @@ struct Run {
 
   // y [m,n] = x [m,k] @ w_hat.T + bias, for all that read one x: those cut in the same segments share its rounding
   void products(std::initializer_list<Product> all, const float* x, int64_t m) const {
-    const Segments* rounded = nullptr;
-    Tokens tokens{};
+    std::vector<ProductInt8> together;
+    for (const Product* p = all.begin(); p != all.end(); ++p) {
+      const Linear& l = p->l;
+      if (l.kind == Linear::Kind::kDense) dense_product(l, x, m, p->y);
+      else if (l.kind == Linear::Kind::kFloat) linear_float(l.w, x, m, p->y, n_threads, isa);
+      else {
+        together.push_back({*l.packed, nullptr, p->y});
+        if (p + 1 != all.end() && same_segments(l, p[1].l)) continue;
+        const Tokens tokens = quantize_tokens(l.packed->seg, l.w.k, x, m, buffer, n_threads, isa);
+        linear_int8(together, tokens, n_threads, isa);
+        together.clear();
+      }
+    }
     for (const auto& [l, y] : all) {
       const int64_t n = l.w.n;
-      if (l.kind == Linear::Kind::kDense) dense_product(l, x, m, y);
-      else if (l.kind == Linear::Kind::kFloat) linear_float(l.w, x, m, y, n_threads, isa);
-      else {
-        const Segments& seg = l.packed->seg;
-        if (!rounded || rounded->group != seg.group || rounded->count != seg.count)
-          tokens = quantize_tokens(seg, l.w.k, x, m, buffer, n_threads, isa);
-        rounded = &seg;
-        linear_int8(*l.packed, tokens, nullptr, y, n_threads, isa);
-      }
       if (l.places) sparse_linear(*l.places, *l.steps, x, m, y, n_threads, isa);
       if (l.bias) rows(m, n, [&, y_ = y, bias = l.bias](int64_t i) { math.add(y_ + i * n, bias, n); });
     }

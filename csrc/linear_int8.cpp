@@ -47,6 +47,47 @@ Operand arrange(const Packed& p, const Tokens& t, bool unpacked, OperandBuffer& 
   return {t, scale, start, group_sum, unpacked};
 }
 
+// Panels are read from memory, and the processor fetches ahead what lies behind: each thread gets one long stretch of
+// three quarters of its share, and what is left in short ones evens out who was late.
+int64_t stretch_begin(int64_t i, int64_t panels, int threads) {
+  const int64_t longs = panels * 3 / 4, shorts = 2 * threads;
+  return i < threads ? longs * i / threads : longs + (panels - longs) * (i - threads) / shorts;
+}
+
+void few_tokens(LinearInt8Fn fn, const std::vector<ProductInt8>& all, const std::vector<Operand>& operands,
+                int n_threads) {
+  int64_t panels = 0, macs = 0;
+  const auto panels_of = [](const Packed& w) { return (w.block_count + Packed::kPanel - 1) / Packed::kPanel; };
+  for (const auto& [w, bias, y] : all) {
+    panels += panels_of(w);
+    macs += operands[0].t.m * w.h.n * w.h.k;
+  }
+  const int threads = threads_for(macs, n_threads);
+  parallel_for(threads > 1 ? 3 * threads : 1, threads, [&](int64_t item) {
+    int64_t from = threads > 1 ? stretch_begin(item, panels, threads) : 0;
+    int64_t to = threads > 1 ? stretch_begin(item + 1, panels, threads) : panels;
+    for (size_t i = 0; i < all.size() && to > 0; ++i) {
+      const auto& [w, bias, y] = all[i];
+      const int64_t count = panels_of(w), b1 = std::min(to * Packed::kPanel, w.block_count);
+      if (from < std::min(to, count)) fn(w, operands[i], 0, operands[i].t.m, from * Packed::kPanel, b1, bias, y);
+      from = std::max<int64_t>(from - count, 0);
+      to -= count;
+    }
+  });
+}
+
+void many_tokens(LinearInt8Fn fn, const std::vector<ProductInt8>& all, const std::vector<Operand>& operands,
+                 int n_threads) {
+  for (size_t i = 0; i < all.size(); ++i) {
+    const auto& [w, bias, y] = all[i];
+    const int64_t m = operands[i].t.m, tiles_m = (m + kTileM - 1) / kTileM, tiles_b = (w.block_count + 1) / 2;
+    parallel_for(tiles_b * tiles_m, threads_for(m * w.h.n * w.h.k, n_threads), [&, &w = w, bias = bias, y = y](int64_t at) {
+      const int64_t m0 = at / tiles_b * kTileM, b0 = at % tiles_b * 2;
+      fn(w, operands[i], m0, std::min(m0 + kTileM, m), b0, std::min(b0 + 2, w.block_count), bias, y);
+    });
+  }
+}
+
 }  // namespace
 
 Tokens quantize_tokens(const Segments& seg, int64_t k, const float* x, int64_t m, TokenBuffer& buffer, int n_threads,
@@ -62,20 +103,14 @@ Tokens quantize_tokens(const Segments& seg, int64_t k, const float* x, int64_t m
   return {q, scale, sum, m};
 }
 
-void linear_int8(const Packed& p, const Tokens& t, const float* bias, float* y, int n_threads,
-                 const std::string& force) {
-  static thread_local OperandBuffer buffer;
+void linear_int8(const std::vector<ProductInt8>& all, const Tokens& t, int n_threads, const std::string& force) {
+  static thread_local std::vector<OperandBuffer> buffers;
+  if (buffers.size() < all.size()) buffers.resize(all.size());
   const LinearInt8Fn fn = pick(kLinearInt8, force).fn;
   const bool unpacked = t.m >= kUnpackFrom;
-  const Operand o = arrange(p, t, unpacked, buffer);
-  n_threads = threads_for(t.m * p.h.n * p.h.k, n_threads);
-  const int64_t tiles_m = unpacked ? (t.m + kTileM - 1) / kTileM : 1;
-  const int64_t step_b = unpacked ? 2 : n_threads == 1 ? p.block_count : 4;
-  const int64_t tiles_b = (p.block_count + step_b - 1) / std::max<int64_t>(step_b, 1);
-  parallel_for(tiles_b * tiles_m, n_threads, [&](int64_t i) {
-    const int64_t m0 = i / tiles_b * kTileM, b0 = i % tiles_b * step_b;
-    fn(p, o, m0, unpacked ? std::min(m0 + kTileM, t.m) : t.m, b0, std::min(b0 + step_b, p.block_count), bias, y);
-  });
+  std::vector<Operand> operands;
+  for (size_t i = 0; i < all.size(); ++i) operands.push_back(arrange(all[i].w, t, unpacked, buffers[i]));
+  (unpacked ? many_tokens : few_tokens)(fn, all, operands, n_threads);
 }
 
 void linear_int8(const Packed& p, const float* x, int64_t m, const float* bias, float* y, int n_threads,
@@ -83,7 +118,7 @@ void linear_int8(const Packed& p, const float* x, int64_t m, const float* bias, 
   static thread_local TokenBuffer buffer;
   for (int64_t c = 0; c < m; c += kChunkM) {
     const Tokens t = quantize_tokens(p.seg, p.h.k, x + c * p.h.k, std::min(kChunkM, m - c), buffer, n_threads, force);
-    linear_int8(p, t, bias, y + c * p.h.n, n_threads, force);
+    linear_int8({{p, bias, y + c * p.h.n}}, t, n_threads, force);
   }
 }
 

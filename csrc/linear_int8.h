@@ -24,6 +24,11 @@ void linear_int8(const Packed&, const float* x, int64_t m, const float* bias, fl
 // is the `seg` of any of them, k its columns. The result borrows from the buffer.
 Tokens quantize_tokens(const Segments& seg, int64_t k, const float* x, int64_t m, TokenBuffer&, int n_threads,
                        const std::string& force);
-void linear_int8(const Packed&, const Tokens&, const float* bias, float* y, int n_threads, const std::string& force);
+struct ProductInt8 {
+  const Packed& w;
+  const float* bias;  // [n] or null
+  float* y;           // [m, n]
+};
+void linear_int8(const std::vector<ProductInt8>&, const Tokens&, int n_threads, const std::string& force);
 
 }  // namespace lowbit

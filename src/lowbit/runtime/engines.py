@@ -43,7 +43,7 @@ class NativeEngine:
             part = rows[first : first + PREFILL_ROWS]
             wanted = [e - first for e in ends if first <= e < first + len(part)]
             parts.append(self.decoder.forward(self.cache, [t for t, _ in part], [s for _, s in part], wanted))
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class ModuleEngine:
