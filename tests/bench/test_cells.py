@@ -76,7 +76,19 @@ def test_the_command_keeps_what_is_finished_and_shows_what_failed(tmp_path: Path
     assert again["rows"][0] == digits
     assert (tmp_path / "digits-mlp-ternary" / "train.json").stat().st_mtime_ns == stamp
     plain = CliRunner().invoke(app, [w for w in words if w != "--json"]).stdout.splitlines()
-    assert plain[-3].split() == ["task", "network", "ternary"] and plain[-1].split()[-1] == "failed"
+    assert plain[-4].split() == ["task", "network", "ternary"] and plain[-2].split()[-1] == "failed"
+    page = Path(first["report"]).read_text("utf-8")
+    assert page.count("failed") >= 2 and "missing.txt" in page and f"{100 * digits['accuracy']:.2f}" in page
+
+
+def test_the_page_compares_with_float() -> None:
+    from lowbit.report.tasks_page import tasks_html
+
+    row = dict.fromkeys(("bits_per_weight", "bytes", "same_class", "error"))
+    row |= {"task": "digits", "architecture": "mlp", "spread": 0.01, "loss": 0.1, "seconds_per_epoch": 1.0, "seeds": 2}
+    rows = [row | {"method": "fp32", "accuracy": 0.9}, row | {"method": "w1", "accuracy": 0.85, "same_class": 0.9995}]
+    page = tasks_html(rows)
+    assert "-5.00" in page and "w1, digits mlp: -5.00 points" in page and "99.95 %" in page
 
 
 def test_unknown_names() -> None:

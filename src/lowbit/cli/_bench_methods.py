@@ -98,10 +98,12 @@ def tasks(
         lowbit bench tasks                                                  the digits, no download, minutes
         lowbit bench tasks --data cifar10=cifar10/ --data shakespeare=input.txt --seeds 3
 
-    What is left out means all. Type it again to go on; a cell that fails is a row with its reason.
+    What is left out means all. Type it again to go on; a cell that fails is a row with its reason. The table is printed
+    and written to OUT/report.html.
     """
     from lowbit.bench.cells import cells, run_cells
     from lowbit.cli._values import parse_settings
+    from lowbit.report.tasks_page import write_tasks_report
 
     sh = shell()
     sh.hint_on_interrupt = "Type the same command again to go on."
@@ -115,7 +117,9 @@ def tasks(
         ["task", "network", *(f">{m}" for m in methods)],
         [(*n, *(_accuracy(by_cell.get((*n, m))) for m in methods)) for n in networks],
     )
-    sh.result({"what": "tasks", "rows": rows, "out": str(out)})
+    report = str(write_tasks_report(out, rows))
+    sh.say(f"Report: {report}")
+    sh.result({"what": "tasks", "rows": rows, "out": str(out), "report": report})
 
 
 def _accuracy(row: "dict[str, Any] | None") -> str:
