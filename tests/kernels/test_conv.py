@@ -10,7 +10,7 @@ from lowbit.formats import Blocks, Format, Grid, QuantizedTensor, levels, quanti
 from lowbit.runtime import conv_kernels as ck
 from lowbit.runtime import kernels
 from lowbit.runtime.binary_kernels import Geometry, _dot
-from lowbit.runtime.layers import PackedConv2d
+from lowbit.runtime.conv_layer import PackedConv2d
 
 ISAS = [isa for _, isa, supported in kernels._extension().conv_table() if supported]
 G = Geometry

@@ -5,7 +5,7 @@ import torch
 
 from lowbit.formats import Format, quantize_tiles, with_exceptions
 from lowbit.runtime import PackedConv2d, PackedEmbedding, PackedLinear
-from lowbit.runtime.layers import dense_weight
+from lowbit.runtime.kernel_weight import dense_weight
 from lowbit.runtime.tiled import fitting
 
 MIXES = {

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 import lowbit
 from lowbit.errors import ArtifactError
 from lowbit.runtime.binary_layers import PackedBinaryConv2d, PackedBinaryLinear
+from lowbit.runtime.conv_layer import PackedConv2d
 from lowbit.runtime.fuse import fuse
-from lowbit.runtime.layers import PackedConv2d, PackedLinear
+from lowbit.runtime.layers import PackedLinear
 from lowbit.train.networks import resnet
 
 SIGN = {"weights": "binary-channel", "activations": {"method": "sign", "estimator": "approxsign"}}

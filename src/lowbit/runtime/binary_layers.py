@@ -25,7 +25,8 @@ from lowbit.errors import FormatError, KernelError, ShapeError
 from lowbit.formats import Blocks, Format, Grid, QuantizedTensor, levels
 from lowbit.runtime import binary_kernels as bk
 from lowbit.runtime import binary_ops, kernels
-from lowbit.runtime.layers import _empty_bias, _Packed, _pair
+from lowbit.runtime.conv_layer import pair
+from lowbit.runtime.packed import Packed, empty_bias
 
 EXTRAS = ("high", "low", "gain", "prelu")  # tensors beside those of the weight
 
@@ -41,7 +42,7 @@ class PreparedBits(NamedTuple):
     numbers: list[int]
 
 
-class _PackedBinary(_Packed):
+class _PackedBinary(Packed):
     """Both layers: a linear layer is a convolution of 1 x 1 images."""
 
     groups = 1
@@ -268,9 +269,9 @@ class PackedBinaryConv2d(_PackedBinary):
             )
         super().__init__(meta, shape[1] * groups, inputs, pad, extras, device)
         self.out_channels, self.in_channels, self.kernel_size = shape[0], shape[1] * groups, (shape[2], shape[3])
-        self.stride, self.dilation, self.groups, self.padding_mode = _pair(stride), _pair(dilation), groups, "zeros"
-        self.padding = padding if isinstance(padding, str) else _pair(padding)
-        self.register_parameter("bias", _empty_bias(bias, self.out_channels, device, torch.float32))
+        self.stride, self.dilation, self.groups, self.padding_mode = pair(stride), pair(dilation), groups, "zeros"
+        self.padding = padding if isinstance(padding, str) else pair(padding)
+        self.register_parameter("bias", empty_bias(bias, self.out_channels, device, torch.float32))
 
     @classmethod
     def from_quantized(
@@ -347,7 +348,7 @@ class PackedBinaryLinear(_PackedBinary):
             raise ShapeError(f"a linear layer's weight has two dimensions, not {shape}. Use PackedBinaryConv2d.")
         super().__init__(meta, shape[1], inputs, 0, extras, device)
         self.out_features, self.in_features = shape
-        self.register_parameter("bias", _empty_bias(bias, self.out_features, device, torch.float32))
+        self.register_parameter("bias", empty_bias(bias, self.out_features, device, torch.float32))
 
     @classmethod
     def from_quantized(

@@ -13,14 +13,14 @@ from typing import Any
 from torch import fx, nn
 
 from lowbit.runtime import swap
-from lowbit.runtime.layers import _Packed
+from lowbit.runtime.packed import Packed
 
 
 class Tracer(fx.Tracer):
     """Packed layers, and modules that a fused layer may take over, are leaves."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _Packed) or is_rprelu(m) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, Packed) or is_rprelu(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def is_rprelu(module: nn.Module) -> bool:

@@ -24,8 +24,8 @@ from lowbit.runtime import binary_kernels, conv_kernels, swap
 from lowbit.runtime.binary_kernels import Geometry
 from lowbit.runtime.binary_layers import PackedBinaryConv2d
 from lowbit.runtime.conv_kernels import IntGrid
+from lowbit.runtime.conv_layer import PackedConv2d
 from lowbit.runtime.fold import Tracer, is_rprelu
-from lowbit.runtime.layers import PackedConv2d
 
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 RELUS = (F.relu, torch.relu, "relu", "relu_")

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from lowbit.errors import ArtifactError, LowbitError
 from lowbit.formats import QuantizedTensor, tensor_specs
 from lowbit.runtime.binary_layers import PackedBinaryConv2d, PackedBinaryLinear
-from lowbit.runtime.layers import PackedConv2d, PackedEmbedding, PackedLinear, _Packed
+from lowbit.runtime.conv_layer import PackedConv2d
+from lowbit.runtime.layers import PackedEmbedding, PackedLinear
+from lowbit.runtime.packed import Packed
 
 BINARY: dict[str, Any] = {"binary_linear": PackedBinaryLinear, "binary_conv2d": PackedBinaryConv2d}
 BINARY_LAYERS = (PackedBinaryLinear, PackedBinaryConv2d)
-PACKED_KINDS: dict[str, type[_Packed]] = {
+PACKED_KINDS: dict[str, type[Packed]] = {
     "linear": PackedLinear, "embedding": PackedEmbedding, "conv2d": PackedConv2d, **BINARY
 }  # fmt: skip
 PACKED = tuple(PACKED_KINDS.values())
