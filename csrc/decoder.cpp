@@ -7,6 +7,10 @@
 #include <initializer_list>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "decoder_math.h"
 #include "linear_int8.h"
 #include "pool.h"
@@ -97,6 +101,20 @@ void embed(const Linear& e, const int64_t* tokens, int64_t m, float* x, const Ru
 
 }  // namespace
 
+namespace {
+// Whole huge pages inside [p, p + bytes): a step reads the whole cache, and each small page costs a translation.
+void advise_huge(void* p, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t from = (reinterpret_cast<uintptr_t>(p) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t to = (reinterpret_cast<uintptr_t>(p) + bytes) / kHuge * kHuge;
+  if (p && from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);  // a wish: may be refused
+#else
+  (void)p, (void)bytes;
+#endif
+}
+}  // namespace
+
 // One block of memory: [layer, sequence, head] -> keys (whole blocks), then values; the int8 scales in a second one.
 KeyValueCache::KeyValueCache(const DecoderShape& s, int64_t layers_, int64_t sequences_, int64_t capacity_, bool int8_)
     : layers(layers_),
@@ -110,6 +128,7 @@ KeyValueCache::KeyValueCache(const DecoderShape& s, int64_t layers_, int64_t seq
   const size_t heads = static_cast<size_t>(layers * sequences * heads_), tokens = static_cast<size_t>(blocks_);
   // calloc: large blocks come as untouched zero pages, and a key block's unwritten columns must be numbers
   data_ = std::calloc(heads * tokens * 2 * static_cast<size_t>(dim_) + 1, int8 ? 1 : sizeof(float));
+  advise_huge(data_, heads * tokens * 2 * static_cast<size_t>(dim_) * (int8 ? 1 : sizeof(float)));
   if (int8) scales_ = static_cast<float*>(std::calloc(heads * tokens * 2 + 1, sizeof(float)));
   if (!data_ || (int8 && !scales_)) {
     std::free(data_);

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lowbit.errors import KernelError
 from lowbit.formats import pack_bits
+from lowbit.runtime.arena import empty_bytes
 
 OPS = ("decode", "embedding", "linear_float", "quantize", "linear_int8")
 FAMILIES = {"table16": (1, 2, 3, 4), "table256": (5, 6, 7, 8)}  # format family -> bits per code
@@ -96,7 +97,7 @@ def pack_int8(
     as float16 where that is exact.
     """
     args = (codes, levels, scale, zero, step, bits, columns)
-    packed = torch.empty(_call(_extension().packed_bytes, *args), dtype=torch.uint8, device="cpu")
+    packed = empty_bytes(_call(_extension().packed_bytes, *args))
     _call(_extension().pack, *args, packed)
     return packed
 
