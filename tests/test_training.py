@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from lowbit.errors import FormatError, RecipeError, ShapeError
 from lowbit.runtime.artifact import load, save
+from lowbit.train.networks import resnet
 from lowbit.training import bits_per_weight, input_functions, pack, penalty, prepare, step, summary, weight_functions
 
 
@@ -57,6 +58,16 @@ def test_first_convolution_and_last_linear_stay_float() -> None:
     rules = [{"match": ["3", "none*"], "weights": "int4"}, {"match": "6", "weights": "float"}]
     found = list(weight_functions(prepare(net(), {"weights": "ternary", "layers": rules})))
     assert [name for name, _, _ in found] == ["3"] and found[0][2].format.levels.bits == 4
+
+
+def test_a_layer_that_stays_float_is_rounded_only_where_a_rule_names_it() -> None:
+    def prepared(rules: list) -> list[str]:
+        net = resnet(depth=8, width=4, activations="signed", block="single")
+        return [n for n, _, _ in weight_functions(prepare(net, {"weights": "binary", "layers": rules}))]
+
+    shortcuts = ["blocks.1.shortcut.conv", "blocks.2.shortcut.conv"]
+    assert not set(shortcuts) & set(prepared([]))
+    assert set(prepared([{"match": "*shortcut*", "weights": "int8-channel"}])) == {*prepared([]), *shortcuts}
 
 
 def test_a_single_layer_is_returned_packed() -> None:

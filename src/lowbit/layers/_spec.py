@@ -18,7 +18,7 @@ class LayerSpec:
 
 
 def keep_float(module: nn.Module) -> nn.Module:
-    """Mark a layer (and what is inside) as one that `lowbit.prepare` leaves alone; returns it."""
+    """Mark a layer (and what is inside): `lowbit.prepare` leaves it alone unless `layers` names it. Returns it."""
     for m in module.modules():
         setattr(m, FLOAT_MARK, True)
     return module

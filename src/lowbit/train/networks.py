@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowbit.layers import keep_float
+
 
 def sgn(x: Tensor) -> Tensor:
     """-1 or 1 in x's dtype; sgn(0) = +1. The two constants lie on x's device, so that a CUDA graph can hold it."""
@@ -112,12 +114,16 @@ class PadShortcut(nn.Module):
 
 
 class ConvShortcut(nn.Module):
-    """Average pool, a real-valued 1 x 1 convolution, batch normalization (Bi-Real)."""
+    """Average pool, a real-valued 1 x 1 convolution, batch normalization (Bi-Real, ReActNet).
+
+    As published it stays in float: `lowbit.prepare` leaves it alone unless an entry of `layers` names it.
+    """
 
     def __init__(self, in_: int, out: int):
         super().__init__()
         self.conv = nn.Conv2d(in_, out, 1, bias=False)
         self.bn = nn.BatchNorm2d(out)
+        keep_float(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(F.avg_pool2d(x, 2)))

@@ -98,12 +98,12 @@ def latent_of(module: Any) -> Any:
 
 def _chosen(net: nn.Module, choices: Choices) -> Iterator[tuple[str, Any, Rule]]:
     inside = _inside_attention(net)
-    plain = [(n, m) for n, m in net.named_modules() if n not in inside and not getattr(m, FLOAT_MARK, False)]
-    layers = [(n, m, swap.kind_of(m)) for n, m in plain]
-    convs, linears = ([n for n, _, k in layers if k == kind] for kind in ("conv2d", "linear"))
+    layers = [(n, m, swap.kind_of(m)) for n, m in net.named_modules() if n not in inside]
+    marked = {n for n, m, _ in layers if getattr(m, FLOAT_MARK, False)}
+    convs, linears = ([n for n, _, k in layers if k == kind and n not in marked] for kind in ("conv2d", "linear"))
     ends = {*convs[:1], *linears[-1:]} if choices.keep_ends else set()
     for name, module, kind in layers:
-        if kind in KINDS and name not in ends and (rule := choices.rule_for(name)) is not None:
+        if kind in KINDS and name not in ends and (rule := choices.rule_for(name, name in marked)) is not None:
             yield name, module, rule
 
 

@@ -54,11 +54,15 @@ class Choices:
     skip: tuple[str, ...] = ()
     keep_ends: bool = True
 
-    def rule_for(self, layer: str) -> "Rule | None":
-        """The first rule that names the layer; None where it is left alone."""
-        if _named(layer, self.skip):
+    def rule_for(self, layer: str, stays_float: bool = False) -> "Rule | None":
+        """The first rule that names the layer; None where it is left alone.
+
+        stays_float: its network says so (`lowbit.layers.keep_float`), and only an entry of `layers` can say otherwise
+        """
+        rules = self.rules[:-1] if stays_float else self.rules
+        rule = next((r for r in rules if _named(layer, r.match)), None)
+        if rule is None or _named(layer, self.skip):
             return None
-        rule = next(r for r in self.rules if _named(layer, r.match))
         return rule if rule.weights is not None or rule.activations is not None else None
 
 
