@@ -23,7 +23,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor) -> int:
         if self.temperature < TINY:
-            return int(logits.numpy().argmax())  # on this thread: torch's others would spin into the next step
+            return int(logits.argmax())
         ids, p = self._kept(logits)
         return int(ids[torch.multinomial(p, 1, generator=self.generator)])
 
