@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from lowbit.bench.compress import frontier, frontier_svg, line, main, read, select
+from lowbit.bench.compress import line, main, read, select
 from lowbit.bench.compress_rows import rows
+from lowbit.bench.frontier import frontier, frontier_svg
 from lowbit.errors import RecipeError
 from lowbit.recipe import Recipe
 from tests.cli.helpers import words

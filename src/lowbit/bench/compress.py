@@ -16,12 +16,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from lowbit.bench.compress_rows import Row, rows
+from lowbit.bench.frontier import frontier_svg
 from lowbit.errors import LowbitError, RecipeError, near_names
 
 
@@ -127,54 +127,6 @@ def line(row: dict[str, Any]) -> str:
 def number(x: "float | None") -> str:
     """Four figures; powers of ten where perplexities say only that a model is broken."""
     return "" if x is None else f"{x:.2f}" if x < 1000 else f"{x:.1e}"
-
-
-def frontier(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that no other row beats in both bytes and perplexity, by bytes."""
-    best, kept = math.inf, []
-    for row in sorted((r for r in found if not r.get("error")), key=lambda r: (r["bytes"], r["ppl"])):
-        if row["ppl"] < best:
-            best = row["ppl"]
-            kept.append(row)
-    return kept
-
-
-def frontier_svg(found: Sequence[dict[str, Any]], most: float = 12.0) -> str:
-    """Perplexity (log) against megabytes; rows beyond `most` times the least perplexity are left out."""
-    good = [r for r in found if not r.get("error")]
-    floor = min((r["ppl"] for r in good), default=1.0)
-    shown = [r for r in good if r["ppl"] <= most * floor and r["bits"] < 8]
-    if not shown:
-        return '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"/>'
-    width, height, left, top = 900, 560, 60, 20
-    low, high = min(r["bytes"] for r in shown) / 1e6 - 1, max(r["bytes"] for r in shown) / 1e6 + 4
-
-    def at(row: dict[str, Any]) -> tuple[float, float]:
-        x = left + (row["bytes"] / 1e6 - low) / (high - low) * (width - left - 20)
-        return x, top + (math.log(most * floor) - math.log(row["ppl"])) / math.log(most) * (height - top - 50)
-
-    edge = frontier(shown)
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">']
-    parts.append(f'<rect width="{width}" height="{height}" fill="white"/>')
-    for factor in (1, 1.2, 1.5, 2, 3, 5, 8):
-        y = at({"bytes": low * 1e6, "ppl": factor * floor})[1]
-        parts.append(f'<path d="M{left} {y:.1f}H{width - 20}" stroke="#ddd"/>')
-        parts.append(
-            f'<text x="{left - 6}" y="{y + 4:.1f}" font-size="12" text-anchor="end">{factor * floor:.0f}</text>'
-        )
-    for mb in range(math.ceil(low / 5) * 5, int(high) + 1, 5):
-        x = at({"bytes": mb * 1e6, "ppl": floor})[0]
-        parts.append(f'<text x="{x:.1f}" y="{height - 28}" font-size="12" text-anchor="middle">{mb}</text>')
-    parts.append(f'<text x="{width / 2}" y="{height - 8}" font-size="13" text-anchor="middle">MB of tensors</text>')
-    parts.append(f'<text x="{left}" y="14" font-size="13">perplexity, logarithmic; least {floor:.2f}</text>')
-    points = " ".join("{:.1f},{:.1f}".format(*at(r)) for r in edge)
-    parts.append(f'<polyline points="{points}" fill="none" stroke="#0a6" stroke-width="2"/>')
-    for row in shown:
-        (x, y), on = at(row), row in edge
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4 if on else 3}" fill="{"#0a6" if on else "#999"}"/>')
-        colour = "#064" if on else "#777"
-        parts.append(f'<text x="{x + 6:.1f}" y="{y + 3:.1f}" font-size="10" fill="{colour}">{row["name"]}</text>')
-    return "\n".join([*parts, "</svg>\n"])
 
 
 def _parser() -> argparse.ArgumentParser:
