@@ -54,52 +54,44 @@ LOWBIT_INLINE V look(V code, V lut) {
   return K == PackedKind::k2 || K == PackedKind::k3 || K == PackedKind::k4 ? code : _mm256_shuffle_epi8(lut, code);
 }
 
-// One unit's u as bytes: A's steps, then B's. Its vectors are `stride` apart; `half` of each at a time.
-template <PackedKind K>
-LOWBIT_INLINE void expand_unit(const uint8_t* p, int64_t stride, int64_t steps, V lut, uint8_t* out) {
-  uint8_t* b = out + steps * 64;
-  for (int half = 0; half < 64; half += 32) {
-    if (K == PackedKind::kBytes) {
-      for (int64_t j = 0; j < steps; ++j) {
-        store(out + 64 * j + half, load(p + 2 * j * stride + half));
-        store(b + 64 * j + half, load(p + (2 * j + 1) * stride + half));
-      }
-    } else if (K == PackedKind::k4 || K == PackedKind::k4Table) {
-      for (int64_t j = 0; j < steps; ++j) {
-        const V v = load(p + j * stride + half);
-        store(out + 64 * j + half, look<K>(low_bits(v, 0, 15), lut));
-        store(b + 64 * j + half, look<K>(low_bits(v, 4, 15), lut));
-      }
-    } else if (K == PackedKind::k2 || K == PackedKind::k2Table) {
-      for (int64_t j = 0; j < steps / 2; ++j) {
-        const V v = load(p + j * stride + half);
-        store(out + 128 * j + half, look<K>(low_bits(v, 0, 3), lut));
-        store(out + 128 * j + 64 + half, look<K>(low_bits(v, 2, 3), lut));
-        store(b + 128 * j + half, look<K>(low_bits(v, 4, 3), lut));
-        store(b + 128 * j + 64 + half, look<K>(low_bits(v, 6, 3), lut));
-      }
-    } else if (K == PackedKind::k1) {
-      for (int64_t j = 0; j < steps / 4; ++j) {
-        const V v = load(p + j * stride + half);
-        for (int i = 0; i < 4; ++i) {
-          store(out + 256 * j + 64 * i + half, look<K>(low_bits(v, i, 1), lut));
-          store(b + 256 * j + 64 * i + half, look<K>(low_bits(v, 4 + i, 1), lut));
+// One unit's u as bytes, of NB blocks side by side, `room` bytes for each: A's steps, then B's. The vectors of a block are
+// `stride` apart; they are read in the order of memory.
+template <PackedKind K, int NB>
+LOWBIT_INLINE void expand_unit(const uint8_t* p, int64_t stride, int64_t steps, V lut, uint8_t* out, int64_t room) {
+  constexpr bool kEven2 = K == PackedKind::k2 || K == PackedKind::k2Table;
+  constexpr int kPer = K == PackedKind::k1 || K == PackedKind::k3 || K == PackedKind::k3Table ? 4 : kEven2 ? 2 : 1;
+  constexpr int kVectors = K == PackedKind::k3 || K == PackedKind::k3Table ? 3 : K == PackedKind::kBytes ? 2 : 1;
+  for (int64_t j = 0; j < steps / kPer; ++j, p += kVectors * stride)
+    for (int at = 0; at < 64 * NB; at += 32) {
+      uint8_t *a = out + at / 64 * room + at % 64 + 64 * kPer * j, *b = a + steps * 64;
+      const V v = load(p + at);
+      if (K == PackedKind::kBytes) {
+        store(a, v);
+        store(b, load(p + stride + at));
+      } else if (K == PackedKind::k4 || K == PackedKind::k4Table) {
+        store(a, look<K>(low_bits(v, 0, 15), lut));
+        store(b, look<K>(low_bits(v, 4, 15), lut));
+      } else if (kEven2) {
+        for (int i = 0; i < 2; ++i) {
+          store(a + 64 * i, look<K>(low_bits(v, 2 * i, 3), lut));
+          store(b + 64 * i, look<K>(low_bits(v, 4 + 2 * i, 3), lut));
         }
-      }
-    } else {  // three bits: the fourth step is spread over the upper two bits of three vectors
-      for (int64_t j = 0; j < steps / 4; ++j) {
-        const uint8_t* at = p + 3 * j * stride + half;
-        const V v[3] = {load(at), load(at + stride), load(at + 2 * stride)};
-        const V fourth = _mm256_or_si256(_mm256_or_si256(low_bits(v[0], 6, 3), low_bits(v[1], 4, 12)),
-                                         low_bits(v[2], 2, 48));
+      } else if (K == PackedKind::k1) {
         for (int i = 0; i < 4; ++i) {
-          const V s = i < 3 ? v[i] : fourth;
-          store(out + 256 * j + 64 * i + half, look<K>(low_bits(s, 0, 7), lut));
-          store(b + 256 * j + 64 * i + half, look<K>(low_bits(s, 3, 7), lut));
+          store(a + 64 * i, look<K>(low_bits(v, i, 1), lut));
+          store(b + 64 * i, look<K>(low_bits(v, 4 + i, 1), lut));
+        }
+      } else {  // three bits: the fourth step is spread over the upper two bits of three vectors
+        const V w[3] = {v, load(p + stride + at), load(p + 2 * stride + at)};
+        const V fourth = _mm256_or_si256(_mm256_or_si256(low_bits(w[0], 6, 3), low_bits(w[1], 4, 12)),
+                                         low_bits(w[2], 2, 48));
+        for (int i = 0; i < 4; ++i) {
+          const V s = i < 3 ? w[i] : fourth;
+          store(a + 64 * i, look<K>(low_bits(s, 0, 7), lut));
+          store(b + 64 * i, look<K>(low_bits(s, 3, 7), lut));
         }
       }
     }
-  }
 }
 
 // scalar: dot = sum level * q over one segment, 16 rows in two halves, for MR tokens
@@ -163,16 +155,17 @@ LOWBIT_FN void tile(const Packed& p, const uint8_t* bytes, const Operand& o, int
   for (int i = 0; i < NB; ++i)
     for (int j = 0; j < MR; ++j)
       for (int h = 0; h < 2; ++h) part[i][j][h] = acc[i][j][h] = _mm256_setzero_ps();
-  const uint8_t* unit[NB];
+  const int64_t stride = p.stride(b), side = b % Packed::kPanel, of_panel = p.scales_bytes(p.width(b));
+  const uint8_t* from = p.panel(b);
   int64_t in_group = 0, g = 0;
   for (int64_t s = 0; s < p.seg.count; ++s) {
+    if (s % 2 == 0) {
+      if (!bytes) expand_unit<K, NB>(from + side * 64, stride, steps, lut, room[0], sizeof room[0]);
+      from += p.vectors * stride;
+    }
     for (int i = 0; i < NB; ++i) {
-      if (s % 2 == 0) {
-        unit[i] = bytes ? bytes + s * steps * 64 : room[i];
-        if (!bytes) expand_unit<K>(p.codes(b + i, s / 2), p.stride(b), steps, lut, room[i]);
-      }
       V dot[MR][2];
-      dots<F, MR>(unit[i] + s % 2 * steps * 64, o.t.q + m * ld + s * p.seg.length, ld, steps, low, dot);
+      dots<F, MR>(bytes ? bytes + s * steps * 64 : room[i] + s % 2 * steps * 64, o.t.q + m * ld + s * p.seg.length, ld, steps, low, dot);
       for (int j = 0; j < MR; ++j) {
         const int64_t at = (m + j) * lds + s;
         const V start = _mm256_set1_epi32(F == Form::kSign ? 0 : p.h.low * o.t.sum[at]);
@@ -183,7 +176,7 @@ LOWBIT_FN void tile(const Packed& p, const uint8_t* bytes, const Operand& o, int
     }
     if (++in_group < p.seg.per_group) continue;
     for (int i = 0; i < NB; ++i) {
-      const uint8_t* scales = p.scales(b + i, g);
+      const uint8_t* scales = from + (side + i) * p.group_bytes();
       for (int h = 0; h < 2; ++h) {  // scalar: part -= zero * group_sum;  acc += part * scale
         const F8 scale = meta(scales, p.h.wide, 0, h);
         for (int j = 0; j < MR; ++j) {
@@ -195,6 +188,7 @@ LOWBIT_FN void tile(const Packed& p, const uint8_t* bytes, const Operand& o, int
         }
       }
     }
+    from += of_panel;
     in_group = 0;
     ++g;
   }
@@ -209,7 +203,7 @@ LOWBIT_FN void to_bytes(const Packed& p, int64_t block, uint8_t* out) {
   const Luts luts = luts_of(p.h);
   const V lut = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(luts.v)));
   for (int64_t unit = 0; unit < p.units; ++unit)
-    expand_unit<K>(p.codes(block, unit), p.stride(block), steps, lut, out + unit * steps * 128);
+    expand_unit<K, 1>(p.codes(block, unit), p.stride(block), steps, lut, out + unit * steps * 128, 0);
 }
 
 using TileFn = void (*)(const Packed&, const uint8_t*, const Operand&, int64_t m, int64_t b, const float*, float*);

@@ -33,8 +33,9 @@ def measure_machine(count: int, seconds: float = 0.3) -> Machine:
     with threads(count):
         a, b = torch.ones(COPY_BYTES // 8), torch.ones(COPY_BYTES // 8)
         ms = medians({"copy": [lambda: a.copy_(b)], "peak": [lambda: kernels.int8_peak(PEAK_STEPS)]}, seconds)
+        products = kernels.int8_peak(PEAK_STEPS)  # of this many threads
     copied = 2 * a.nbytes / ms["copy"] / 1e6
-    return Machine(count, isa, copied, kernels.int8_peak(PEAK_STEPS) / ms["peak"] / 1e6)
+    return Machine(count, isa, copied, products / ms["peak"] / 1e6)
 
 
 PEAK_STEPS = 200_000  # a few milliseconds
