@@ -10,7 +10,17 @@ from torch.nn.utils import parametrize
 from lowbit.errors import FormatError, RecipeError, ShapeError
 from lowbit.runtime.artifact import load, save
 from lowbit.train.networks import resnet
-from lowbit.training import bits_per_weight, input_functions, pack, penalty, prepare, step, summary, weight_functions
+from lowbit.training import (
+    add_penalty_gradients,
+    bits_per_weight,
+    input_functions,
+    pack,
+    penalty,
+    prepare,
+    step,
+    summary,
+    weight_functions,
+)  # fmt: skip
 
 
 def net() -> nn.Sequential:
@@ -238,3 +248,22 @@ def test_messages() -> None:
         prepare(net(), "int4-g64")
     with pytest.raises(FormatError, match="unknown level set"):
         prepare(net(), "ternery")
+
+
+class FullyShardedDataParallel(nn.Sequential):
+    """Goes by the name of torch's first FSDP, which flattens parameters."""
+
+
+class FlatParameter(nn.Parameter):
+    """As torch's, without use_orig_params."""
+
+
+def test_flattened_weights_have_no_penalty_and_are_not_hidden() -> None:
+    wrapped = FullyShardedDataParallel(prepare(net(), "s3"))
+    with pytest.raises(RecipeError, match="fully_shard"):
+        add_penalty_gradients(wrapped)
+    plain = FullyShardedDataParallel(prepare(net(), "twn"))
+    assert penalty(plain) == 0 and step(plain) == 0
+    plain.flat = FlatParameter(torch.zeros(3))
+    with pytest.raises(RecipeError, match="use_orig_params=True"):
+        step(plain)

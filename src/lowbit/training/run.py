@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lowbit.errors import RecipeError
 from lowbit.estimators import Scheduled
 from lowbit.training.attach import STEP, latent_of, weight_functions
+from lowbit.weights import WeightFunction
 
 
 def step(net: nn.Module, position: "float | None" = None) -> int:
@@ -19,8 +20,11 @@ def step(net: nn.Module, position: "float | None" = None) -> int:
 
     It moves the schedules of weight functions, input functions and layers, keeps latent weights in the range of methods
     that have one, and fits grids again that are not fitted in every forward pass.
-    Raises RecipeError if there are schedules and nothing says where they stand.
+    Raises RecipeError if there are schedules and nothing says where they stand, or if torch's first FSDP hides the
+    latents (use_orig_params=False).
     """
+    if any(type(p).__name__ == "FlatParameter" for p in net.parameters()):
+        raise RecipeError("FullyShardedDataParallel hides the latent weights: give it use_orig_params=True.")
     if position is None:
         position = _counted(net)
     for _, module, function in weight_functions(net):
@@ -41,7 +45,7 @@ def penalty(net: nn.Module) -> Tensor:
 
     loss = task_loss + lowbit.penalty(net)
 
-    Raises RecipeError for fully sharded networks, whose weights are elsewhere when the loss is added up.
+    Raises RecipeError for fully sharded networks, whose weights are elsewhere when the loss is added up or flat.
     """
     terms = _terms(net)
     if any(hasattr(t, "full_tensor") for t in terms):
@@ -74,6 +78,12 @@ def add_penalty_gradients(net: nn.Module) -> None:
 
 
 def _terms(net: nn.Module) -> list[Any]:
+    flat = any(type(m).__name__ == "FullyShardedDataParallel" for m in net.modules())
+    if flat and any(type(f).penalty is not WeightFunction.penalty for _, _, f in weight_functions(net)):
+        raise RecipeError(
+            "torch's first FSDP flattens weights, and the penalty of this method needs them whole. Shard with "
+            "torch.distributed.fsdp.fully_shard (fsdp_version: 2 in accelerate), or choose a method without a penalty."
+        )
     found = (function.penalty(_input(module)) for _, module, function in weight_functions(net))
     return [t for t in found if t is not None]
 
