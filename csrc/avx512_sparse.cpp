@@ -2,6 +2,7 @@
 //   kInt    equals scalar bit for bit: |sum of digits * values| <= 2^31 / (255*127) > 66000 places in a row, which
 //           `few_int` cuts in pieces of kPieces steps of 4
 //   kFloat  |y - y_scalar| <= (64 + places/64) * 2^-24 * sum |x*value|   (64 terms at a time)
+//   many    |y - y_scalar| <= (129 + K/128) * 2^-24 * sum |x*value|   (the terms of a tile at a time)
 #include "avx512.h"
 #include "sparse.h"
 
@@ -117,32 +118,92 @@ void few_int_tokens(const Steps& s, const Digits* x, int64_t tokens, int64_t p0,
   of[tokens - 1](s, x, p0, p1, y);
 }
 
+// Pairs, then fours of rows change places within lanes of 128 bits; then the lanes.
+LOWBIT_FN void turn(const float* from, int64_t ld_from, float* to, int64_t ld_to, bool add) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(from + i * ld_from);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      const __m512d low = _mm512_castps_pd(b[i + h]), high = _mm512_castps_pd(b[i + 2 + h]);
+      a[i + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[i + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even[2] = {_mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88)};
+    const __m512 odd[2] = {_mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd), _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd)};
+    b[c] = _mm512_shuffle_f32x4(even[0], even[1], 0x88);
+    b[4 + c] = _mm512_shuffle_f32x4(odd[0], odd[1], 0x88);
+    b[8 + c] = _mm512_shuffle_f32x4(even[0], even[1], 0xdd);
+    b[12 + c] = _mm512_shuffle_f32x4(odd[0], odd[1], 0xdd);
+  }
+  for (int j = 0; j < 16; ++j) {
+    float* out = to + j * ld_to;
+    _mm512_storeu_ps(out, add ? _mm512_add_ps(_mm512_loadu_ps(out), b[j]) : b[j]);
+  }
+}
+
 constexpr int V = kSparseTokens / 16;
 
-LOWBIT_FN void many(const Places& s, const float* xt, int64_t n0, int64_t n1, float* yt) {
-  for (int64_t n = n0; n < n1; ++n) {
-    __m512 total[V];
-    for (int v = 0; v < V; ++v) total[v] = _mm512_setzero_ps();
-    for (int64_t i = s.start[n]; i < s.start[n + 1];) {
-      __m512 acc[2][V];  // places in turn: one sum after the other would wait for itself
-      for (int v = 0; v < V; ++v) acc[0][v] = acc[1][v] = _mm512_setzero_ps();
-      const auto add = [&](int64_t at, __m512* to) LOWBIT_FN {
-        const __m512 value = _mm512_set1_ps(s.value[at]);
-        const float* from = xt + s.column[at] * kSparseTokens;
-        for (int v = 0; v < V; ++v) to[v] = _mm512_fmadd_ps(value, _mm512_loadu_ps(from + 16 * v), to[v]);
-      };
-      const int64_t end = std::min(i + kPartial, s.start[n + 1]);
-      for (; i + 2 <= end; i += 2) add(i, acc[0]), add(i + 1, acc[1]);
-      if (i < end) add(i++, acc[0]);
-      for (int v = 0; v < V; ++v) total[v] = _mm512_add_ps(total[v], _mm512_add_ps(acc[0][v], acc[1][v]));
+// A tile's group: four rows take a place each in turn, so that no sum waits for itself.
+LOWBIT_INLINE void add_group(const SparseGroup& g, const float* value, const uint8_t* offset, const float* xt, float* yt) {
+  __m512 acc[4][V];
+  for (int r = 0; r < 4; ++r)
+    for (int v = 0; v < V; ++v) acc[r][v] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < g.count; ++i)
+    for (int r = 0; r < 4; ++r) {
+      const __m512 times = _mm512_set1_ps(value[4 * i + r]);
+      const float* from = xt + offset[4 * i + r] * kSparseTokens;
+      for (int v = 0; v < V; ++v) acc[r][v] = _mm512_fmadd_ps(times, _mm512_load_ps(from + 16 * v), acc[r][v]);
     }
-    for (int v = 0; v < V; ++v) _mm512_storeu_ps(yt + (n - n0) * kSparseTokens + 16 * v, total[v]);
-  }
+  for (int r = 0; r < 4; ++r)
+    for (int v = 0; v < V; ++v) {
+      float* to = yt + g.row[r] * kSparseTokens + 16 * v;
+      _mm512_store_ps(to, _mm512_add_ps(_mm512_load_ps(to), acc[r][v]));
+    }
+}
+
+LOWBIT_FN void many(const Steps& s, const float* xt, int64_t down, float* yt) {
+  const bool integer = s.h.kind == SparseKind::kInt;
+  const SparseGroup* group = s.group + down * s.tiles_across() * Steps::kGroups;
+  const int64_t first = 4 * static_cast<int64_t>(s.quad[down]);
+  const uint8_t* offset = s.tile_offset + first;
+  const float* floats = static_cast<const float*>(s.tile_value) + (integer ? 0 : first);
+  const int8_t* bytes = static_cast<const int8_t*>(s.tile_value) + first;
+  alignas(64) float value[4 * Steps::kTileColumns];
+  for (int64_t i = 0; i < Steps::kTileRows * kSparseTokens; i += 16) _mm512_store_ps(yt + i, _mm512_setzero_ps());
+  for (int64_t tile = 0; tile < s.tiles_across(); ++tile, xt += Steps::kTileColumns * kSparseTokens)
+    for (int64_t g = 0; g < Steps::kGroups; ++g, ++group) {
+      const int64_t slots = 4 * group->count;
+      if (slots == 0) continue;
+      if (integer) {
+        for (int64_t i = 0; i < slots; i += 16)
+          _mm512_store_ps(value + i, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+                                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i)))));
+        add_group(*group, value, offset, xt, yt);
+      } else {
+        add_group(*group, floats, offset, xt, yt);
+        floats += slots;
+      }
+      offset += slots;
+      bytes += slots;
+    }
+  if (integer)
+    for (int64_t r = 0; r < std::min(Steps::kTileRows, s.h.n - down * Steps::kTileRows); ++r) {
+      const __m512 factor = _mm512_set1_ps(s.factor[down * Steps::kTileRows + r]);
+      for (int v = 0; v < V; ++v) {
+        float* to = yt + r * kSparseTokens + 16 * v;
+        _mm512_store_ps(to, _mm512_mul_ps(_mm512_load_ps(to), factor));
+      }
+    }
 }
 
 }  // namespace
 
-const SparseRow sparse_avx512 = {few_tokens, few_int_tokens, many};
+const SparseRow sparse_avx512 = {few_tokens, few_int_tokens, many, turn};
 
 }  // namespace lowbit
 #endif

@@ -7,7 +7,10 @@
 //   kInt    W = 128, S = 4    values int8 times a factor per row, x rounded to 15 bits of its token's largest
 //   kFloat  W = 32,  S = 1    values and x as they are
 //
-// Many tokens: one place after the other, with all tokens of a tile side by side.
+// Many tokens stand side by side, a column of x for 32 of them being 128 bytes, and places are visited in tiles of 64
+// rows and 128 columns, whose part of x and of y stay in the first cache. The rows of a tile are sorted by how many
+// places they have there; four of about equal many make a group, and take a place each in turn (the shorter ones an
+// empty one in the end: offset 0, value 0).
 #pragma once
 #include <cstdint>
 #include <string>
@@ -30,12 +33,17 @@ struct SparseHeader {
   uint64_t magic;
   int64_t bytes, n, k, steps;
   SparseKind kind;
+  int64_t quads;  // slots of the tiles / 4
+};
+
+struct SparseGroup {
+  uint8_t row[4], count, unused[3];  // rows within the tile's 64; count: places of the longest
 };
 
 // A view of the steps of all panels; the buffer is borrowed.
 struct Steps {
   static constexpr int64_t kRows = 16, kHeader = 64;
-  static constexpr uint64_t kMagic = 0x3130737073776f6c;
+  static constexpr uint64_t kMagic = 0x3230737073776f6c;
 
   SparseHeader h;
   const int32_t* first;   // [panels+1]: steps of a panel
@@ -45,12 +53,20 @@ struct Steps {
   const uint8_t* offset;  // [steps][16][S]
   const void* value;      // the same, int8 or float
 
+  const int32_t* quad;         // [tiles down + 1]: its first quad
+  const SparseGroup* group;    // [tiles down][tiles across][16]
+  const uint8_t* tile_offset;  // [quads][4]
+  const void* tile_value;      // the same, int8 or float
+
   // Throws std::invalid_argument for a buffer that does not have the size it states.
   Steps(const uint8_t* buffer, int64_t bytes);
 
   static constexpr int64_t window(SparseKind kind) { return kind == SparseKind::kInt ? 128 : 32; }
   static constexpr int64_t align(SparseKind kind) { return kind == SparseKind::kInt ? 64 : 1; }  // of windows
   static constexpr int64_t slots(SparseKind kind) { return kind == SparseKind::kInt ? 4 : 1; }
+  static constexpr int64_t kTileRows = 64, kTileColumns = 128, kGroups = kTileRows / 4;
+  int64_t tiles_down() const { return (h.n + kTileRows - 1) / kTileRows; }
+  int64_t tiles_across() const { return (h.k + kTileColumns - 1) / kTileColumns; }
   int64_t panels() const { return (h.n + kRows - 1) / kRows; }
 };
 
@@ -69,10 +85,12 @@ struct SparseRow {
   // y [tokens, n].
   void (*few)(const Steps&, const float* const* x, int64_t tokens, int64_t p0, int64_t p1, float* y);
   void (*few_int)(const Steps&, const Digits* x, int64_t tokens, int64_t p0, int64_t p1, float* y);
-  // yt [n1-n0][kTokens] = S xt for rows [n0,n1), xt [k][kTokens]
-  void (*many)(const Places&, const float* xt, int64_t n0, int64_t n1, float* yt);
+  // yt [kTileRows][kTokens] = S xt for the rows of the tiles `down`, xt [k][kTokens]
+  void (*many)(const Steps&, const float* xt, int64_t down, float* yt);
+  // to[j][i] = from[i][j], or += that, for 16 x 16 numbers; ld: from one row to the next
+  void (*turn)(const float* from, int64_t ld_from, float* to, int64_t ld_to, bool add);
 };
-constexpr int64_t kSparseTokens = 32, kPartial = 64;  // tokens of a tile; terms summed before they join the total
+constexpr int64_t kSparseTokens = 32, kPartial = 64;  // tokens of a tile; terms `few` sums before they join the total
 constexpr int64_t kFewTokens = 4;
 using SparseFn = const SparseRow*;
 extern const Table<SparseFn> kSparse;

@@ -2,9 +2,9 @@
 
     S = w_hat - (dense part) at the places of the further parts, 0 elsewhere
 
-Made once when a layer is prepared: places by row (start, column, value) for many tokens, and the same in steps of
-sixteen rows for one to seven (csrc/sparse.h). In memory, not in the file, 5% of exceptions take 4.5 bits a weight for
-int8 activations and 6.9 for float ones.
+Made once when a layer is prepared: places by row (start, column, value), and the same in steps of sixteen rows for one
+to seven tokens and in tiles for more (csrc/sparse.h). In memory, not in the file, 5% of exceptions take 5.5 bits a
+weight for int8 activations and 9.3 for float ones.
 
 With int8 activations the values of a row are whole multiples of a factor, at most 127 of them: exact where they are so
 by themselves, as for levels times one scale, else off by at most 1/254 of the row's largest. Activations are rounded
