@@ -140,15 +140,3 @@ def test_what_is_no_packed_matrix_is_refused() -> None:
         kernels.linear_int8(p.x[:, :31].contiguous(), good, 6)
     with pytest.raises(KernelError, match="bias"):
         kernels.linear_int8(p.x, good, 6, torch.zeros(5))
-
-
-def test_the_short_way_equals_the_operator() -> None:
-    """Without torch's dispatcher, unless something watches the tensors."""
-    p = problem(4, 3, 6, 32, 2)
-    packed = p.packed()
-    want = torch.ops.lowbit.linear_int8(p.x, packed, 6)
-    strided = torch.stack([p.x, p.x], 1)[:, 0]
-    for x in (p.x, p.x[None], strided, p.x.double().float().requires_grad_()):
-        assert torch.equal(ops.run_int8(x, packed, 6).reshape(3, 6), want)
-    assert torch.equal(ops.run_int8(p.x.double(), packed, 6), want.double())
-    assert ops.run_int8(p.x[:0], packed, 6).shape == (0, 6)
