@@ -11,6 +11,7 @@
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 #define LOWBIT_FN LOWBIT_AVX512_WITH("avx512vbmi,avx512vnni")
