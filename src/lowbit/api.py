@@ -4,7 +4,6 @@ model = lowbit.compress(model, "gptq", bits=3, group=64, data=texts, tokenizer=t
 lowbit.api.compress_model("model.gguf", "out/", method="gptq", bits=4, data="valid.txt[:50%]")
 """
 
-import copy
 import hashlib
 import os
 import platform
@@ -19,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import DataError, ModelError, RecipeError, ShapeError
+from lowbit.errors import DataError, ModelError, RecipeError
 from lowbit.evaluate import peak_memory_bytes, resident_memory_bytes
-from lowbit.pipeline.blocks import layer_matrix, layer_type
-from lowbit.pipeline.checkpoint import FolderStore, MemoryStore, Store
+from lowbit.pipeline.assemble import assemble, compress_network, tied_modules
+from lowbit.pipeline.checkpoint import FolderStore, MemoryStore
+from lowbit.pipeline.space import check_space
 from lowbit.pipeline.stream import Walk
 from lowbit.recipe import Recipe
 from lowbit.runtime import swap
 from lowbit.runtime.artifact import auto_class_of, load, refuse_existing, save, write_artifact
-from lowbit.solvers import Solution
-from lowbit.sources import check_tokenizer, foreign_note, open_model, read_text, set_tensor, token_windows
+from lowbit.sources import check_tokenizer, foreign_note, open_model, read_text, token_windows
 from lowbit.sources.module import ModuleSource
 from lowbit.training import bits_per_weight, pack, penalty, prepare, step, summary
 
@@ -88,7 +87,7 @@ def compress(
     if any(True for _ in swap.packed_modules(model)):
         raise ModelError("the model's layers are packed already; give the float model it came from.")
     if not hasattr(model, "config"):
-        return _compress_layers(model, plan, data, progress)
+        return compress_network(model, plan, data, progress)
     ids = _ids(data, tokenizer, plan)
     if ids is not None:
         _check_ids(ids, model.config)
@@ -96,7 +95,7 @@ def compress(
     store = MemoryStore()
     walk = Walk(source, plan, store, ids, progress or (lambda event: None))
     walk.run()
-    return _assemble(walk, store, plan)
+    return assemble(walk, store, plan)
 
 
 def compress_model(
@@ -242,6 +241,7 @@ class _Job:
             | estimate.as_dict()
             | {"notes": [*estimate.notes, *self.notes], "model": source.describe()}
         )
+        check_space(walk, out, work)
         with closing(FolderStore(work, _identity(source, plan, ids), replace=force)) as store:
             walk.store = store
             pieces = walk.run(estimate.recompute)
@@ -258,7 +258,7 @@ class _Job:
                 out,
                 [store.path(piece) for piece in pieces],
                 layers,
-                tied=_tied_modules(source.tied, layers),
+                tied=tied_modules(source.tied, layers),
                 config=source.config,
                 auto_class=auto_class_of(walk.model),
                 recipe=plan.as_dict(),
@@ -373,12 +373,6 @@ def _identity(source: Any, plan: Recipe, ids: "Tensor | None") -> dict[str, Any]
     }
 
 
-def _tied_modules(tied: dict[str, str], layers: dict[str, Any]) -> dict[str, str]:
-    """Module -> packed module whose tensors it shares."""
-    pairs = {a.removesuffix(".weight"): o.removesuffix(".weight") for a, o in tied.items() if a.endswith(".weight")}
-    return {a: o for a, o in pairs.items() if o in layers}
-
-
 def _ids(data: Any, tokenizer: Any, plan: Recipe) -> "Tensor | None":
     """Token windows from whatever was given as data."""
     if data is None:
@@ -403,72 +397,3 @@ def _ids(data: Any, tokenizer: Any, plan: Recipe) -> "Tensor | None":
     if not several and "\n" not in text and len(text) < 1000:
         text = read_text(text)
     return token_windows(text, tokenizer, plan.windows, plan.context, plan.seed).ids
-
-
-def _assemble(walk: Walk, store: Store, plan: Recipe) -> nn.Module:
-    """The walked skeleton with plain tensors in place and packed layers for the rest."""
-    model = walk.source.new_skeleton()  # the walk has left float32 parameters behind; here each has its own dtype
-    tensors: dict[str, Tensor] = {}
-    layers: dict[str, Any] = {}
-    for piece, entries in store.pieces.values():  # type: ignore[union-attr]
-        tensors |= piece
-        layers |= entries["layers"]
-        for name in entries["plain"]:
-            _put(model, name, piece[name], walk.source.tied)
-    manifest = {"layers": layers, "tied": _tied_modules(walk.source.tied, layers)}
-
-    def parts_of(name: str) -> dict[str, Tensor]:
-        return {k.removeprefix(f"{name}."): tensors[k] for k in _keys(name, layers)}
-
-    swap.install(model, manifest, parts_of, plan.activations)
-    swap.untie(model, manifest)
-    return model.eval()
-
-
-def _keys(name: str, layers: dict[str, Any]) -> list[str]:
-    from lowbit.formats import tensor_specs
-
-    return [f"{name}.{k}" for k in tensor_specs(layers[name]["meta"])]
-
-
-def _put(model: nn.Module, name: str, tensor: Tensor, tied: dict[str, str]) -> None:
-    first = set_tensor(model, name, tensor)
-    for alias in (a for a, owner in tied.items() if owner == name):
-        owner, _, leaf = alias.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = first  # type: ignore[assignment]
-
-
-@torch.no_grad()
-def _compress_layers(model: nn.Module, plan: Recipe, data: Any, progress: "Progress | None") -> nn.Module:
-    """Any network, each layer on its own; with inputs as data, layer after layer (see `pipeline.network`)."""
-    from lowbit.pipeline.network import batches_of, solve_network
-
-    if plan.needs_data and data is None:
-        raise RecipeError(f"{plan.method} needs calibration inputs: data=a tensor (n, ...); or use rtn or hqq.")
-    model = copy.deepcopy(model).eval()
-    layers = {n: m for n, m in model.named_modules() if layer_type(m) in ("linear", "conv2d")}
-    convs, linears = ([n for n, m in layers.items() if layer_type(m) == kind] for kind in ("conv2d", "linear"))
-    for name in {*convs[:1], *linears[-1:]} if len(layers) > 1 else ():
-        del layers[name]
-    if data is not None:
-        solutions = solve_network(model, layers, plan, batches_of(data), progress)
-    else:
-        solutions = {n: s for n, m in layers.items() if (s := _solved_alone(n, m, plan)) is not None}
-    for name, solution in solutions.items():
-        layer = layers[name]
-        kind, shape = str(layer_type(layer)), tuple(layer.weight.shape)  # type: ignore[union-attr, arg-type]
-        conv = swap.conv_options(layer) if kind == "conv2d" else None
-        packed = swap.pack_layer(layer, solution.quantized(shape), kind, plan.activations, conv)
-        swap._set_module(model, name, packed)
-    return model
-
-
-def _solved_alone(name: str, layer: nn.Module, plan: Recipe) -> "Solution | None":
-    fmt, w = plan.format_for(name), layer_matrix(layer)
-    if fmt is None:
-        return None
-    spec, options = plan.solver_for(name)
-    try:
-        return spec.solve(w.reshape(w.shape[0], -1).float(), None, fmt, **options)
-    except ShapeError as e:
-        raise ShapeError(f"{name}: {e}") from None

@@ -76,7 +76,7 @@ def compress_to(
     walk = Walk(source, FLOAT, MemoryStore(), None, say)
     shapes = [tuple(layer_matrix(m).shape) for m in linear_layers(walk.blocks[0]).values()]
     options = menu([w for _, w in shapes], method, group, fast=goals.latency is not None)
-    embedding = walk._embedding()
+    embedding = walk.embedding()
     width = layer_matrix(walk.model.get_submodule(embedding)).shape[1] if embedding else 0
     ends = embedding_menu(width, base if fixed_ends else None)
     found = Prober(walk, *windows, options, ends, base.seed).run(store)

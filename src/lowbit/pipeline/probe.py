@@ -239,7 +239,7 @@ class Prober:
     def _ends(self, read: dict[str, Tensor], head: dict[str, float], gradients: list[Tensor]) -> dict[str, Any]:
         """Losses of embedding and head in their formats; one entry where they are tied."""
         walk = self.walk
-        name, alone = walk._embedding(), walk._head()
+        name, alone = walk.embedding(), walk.head()
         found: dict[str, Any] = {}
         if alone is not None:
             shape = list(layer_matrix(walk.model.get_submodule(alone)).shape)

@@ -97,7 +97,7 @@ class Walk:
         by_input: dict[int, int] = {}
         for out, in_ in shapes:
             by_input[in_] = by_input.get(in_, 0) + out * in_
-        embedding, head = self._embedding(), self._head()
+        embedding, head = self.embedding(), self.head()
         sizes = Sizes(
             start_bytes=start_bytes,
             outside=sum(p.numel() for n, p in self.model.named_parameters() if not self._in_blocks(n)),
@@ -154,7 +154,7 @@ class Walk:
         calibrate = self.windows is not None and need_hidden
         if self.store.has("opening") and not calibrate:
             return hidden
-        embedding = self._embedding()
+        embedding = self.embedding()
         names = [n for n in self.names if not self._in_blocks(n) and not self._of_head(n)]
         plain, tensors, entries = self._read(names), {}, {}
         followed = self._first_hidden() if calibrate and not hidden and self.streams == 2 else []
@@ -391,7 +391,7 @@ class Walk:
         """An output head with weights of its own."""
         if self.store.has("closing"):
             return
-        head = self._head()
+        head = self.head()
         names = [n for n in self.names if self._of_head(n)]
         plain, tensors, entries = self._read(names), {}, {}
         if head is not None:
@@ -434,10 +434,11 @@ class Walk:
     def _in_blocks(self, name: str) -> bool:
         return name.startswith(f"{self.prefix}.")
 
-    def _embedding(self) -> "str | None":
+    def embedding(self) -> "str | None":
+        """The module that ids go into, where there is one."""
         return _module_name(self.model, getattr(self.model, "get_input_embeddings", lambda: None)())
 
-    def _head(self) -> "str | None":
+    def head(self) -> "str | None":
         """The output head if it has weights of its own."""
         name = _module_name(self.model, getattr(self.model, "get_output_embeddings", lambda: None)())
         if name is None or f"{name}.weight" in self.source.tied:
@@ -445,7 +446,7 @@ class Walk:
         return name if layer_type(self.model.get_submodule(name)) == "linear" else None
 
     def _of_head(self, name: str) -> bool:
-        head = self._head()
+        head = self.head()
         return head is not None and name.startswith(f"{head}.")
 
     def _say(self, event: str, i: int, **more: Any) -> None:
