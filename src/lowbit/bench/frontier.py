@@ -51,7 +51,7 @@ def frontier_svg(found: Sequence[dict[str, Any]], most: float = 4.0) -> str:
         (x, y), on = at(row), row in edge
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4 if on else 3}" fill="{"#0a6" if on else "#999"}"/>')
         if (place := _room(x, y, 5.2 * len(row["name"]), taken)) is not None:
-            parts.append(_text(*place, row["name"], 10, "#064" if on else "#777"))
+            parts.append(_text(place[0], place[1], row["name"], 10, "#064" if on else "#777"))
     return "\n".join([*parts, "</svg>\n"])
 
 
@@ -59,7 +59,9 @@ def _text(x: float, y: float, words: str, size: int, fill: str = "black", anchor
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" text-anchor="{anchor}">{words}</text>'
 
 
-def _room(x: float, y: float, width: float, taken: list[tuple[float, float, float, float]]) -> "tuple | None":
+def _room(
+    x: float, y: float, width: float, taken: list[tuple[float, float, float, float]]
+) -> "tuple[float, float] | None":
     """Where a name beside (x, y) meets no box that is taken, or None; its own box is taken then."""
     for left, base in ((x + 6, y + 3), (x + 3, y - 6), (x + 3, y + 13), (x - width - 6, y + 3)):
         box = (left, base - 9, left + width, base + 2)
