@@ -37,6 +37,28 @@ def test_a_convolution_is_its_formula(inputs: str, ternary: bool, groups: int) -
 
 
 @pytest.mark.parametrize("inputs", ["sign", "unit", "ternary"])
+@pytest.mark.parametrize("ternary", [False, True])
+@pytest.mark.parametrize("pad", [-1, 0, 1])
+def test_a_depthwise_convolution_is_its_formula(inputs: str, ternary: bool, pad: int) -> None:
+    w, pad = levels(21, 1, 3, 2, ternary=ternary), pad if inputs == "sign" else 0
+    conv = {"stride": (2, 1), "padding": (2, 1), "dilation": (1, 2), "groups": 21, "pad": pad}
+    layer = PackedBinaryConv2d.from_float(w, **options(inputs, 21), **conv)
+    x = torch.randn(2, 21, 9, 8)
+    x[0, :, 0, 0] = layer.high  # a tie is up
+    assert torch.equal(layer(x), layer.reference(x)), "levels: exact"
+    assert layer._ready().depthwise is not None
+    assert torch.equal(layer(x.contiguous(memory_format=torch.channels_last)), layer.reference(x))
+    bits, _ = layer._ready().plan.run(x)
+    assert torch.equal(layer(x), bits), "as the kernels of bits have it"
+    extra = {"prelu": torch.rand(3, 21)}
+    scaled = PackedBinaryConv2d.from_float(w, torch.rand(21), torch.randn(21), **options(inputs, 21), **conv)
+    bent = PackedBinaryConv2d.from_float(w, torch.rand(21), torch.randn(21), **options(inputs, 21), **conv, **extra)
+    for one in (scaled, bent):
+        residual = torch.randn_like(one(x))
+        assert torch.allclose(one(x, residual), one.reference(x, residual), atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", ["sign", "unit", "ternary"])
 @pytest.mark.parametrize("shape", [(37,), (3, 37), (2, 3, 37), (0, 37)])
 def test_a_linear_layer_is_its_formula(inputs: str, shape: tuple[int, ...]) -> None:
     given = options(inputs, 37)

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from lowbit.errors import FormatError, KernelError, ShapeError
 from lowbit.formats import Blocks, Format, Grid, QuantizedTensor, levels
+from lowbit.runtime import binary_depthwise, binary_ops, kernels
 from lowbit.runtime import binary_kernels as bk
-from lowbit.runtime import binary_ops, kernels
 from lowbit.runtime.conv_layer import pair
 from lowbit.runtime.packed import Packed, empty_bias
 
@@ -40,6 +40,7 @@ class PreparedBits(NamedTuple):
     scale: Tensor
     sizes: list[int]
     numbers: list[int]
+    depthwise: "binary_depthwise.Depthwise | None" = None  # what runs instead of the plan, from floats to floats
 
 
 class _PackedBinary(Packed):
@@ -166,6 +167,8 @@ class _PackedBinary(Packed):
             then = bk.Epilogue(scale, bias, None, self._buffers["prelu"])
             plan = bk.Plan(w, g, then, self._buffers["high"], self._buffers["low"])
             kept = self._bits = PreparedBits(source, isa, plan, scale, *binary_ops.arguments(w, g))
+            if then.prelu is None and binary_depthwise.fits(self.groups, self.shape):
+                kept = self._bits = kept._replace(depthwise=binary_depthwise.Depthwise(table, scale, bias, g))
         return kept
 
     def prepare(self) -> Any:
@@ -187,6 +190,8 @@ class _PackedBinary(Packed):
         if self.training and x.requires_grad and torch.is_grad_enabled():  # in eval mode y is simply a constant
             raise KernelError(binary_ops.NO_GRADIENT)
         if type(x) is Tensor and not torch.compiler.is_compiling():  # without the way through the dispatcher
+            if ready.depthwise is not None and next_high is None and x.dtype is torch.float32:
+                return ready.depthwise(self.input_levels(x), residual)
             y, bits = ready.plan.run(x, residual, next_high, want_y)
             return y if next_high is None else (y, bits)
         buffers, w = self._buffers, ready.plan.w
@@ -201,10 +206,11 @@ class _PackedBinary(Packed):
         shape = (-1, *[1] * (x.ndim - 2))
         high, low = self._buffers["high"], self._buffers["low"]
         assert high is not None
-        up = (x >= high.reshape(shape)).to(x.dtype)
+        x = x.detach()  # what follows is no function with a gradient; compared in one pass
+        up = torch.ge(x, high.reshape(shape), out=torch.empty_like(x))
         if self.inputs == "sign":
-            return 2 * up - 1
-        return up if low is None else up - (x <= low.reshape(shape)).to(x.dtype)
+            return up.mul_(2).sub_(1)
+        return up if low is None else up.sub_(torch.le(x, low.reshape(shape), out=torch.empty_like(x)))
 
     def reference(self, x: Tensor, residual: "Tensor | None" = None) -> Tensor:
         """The formula in torch, on decoded weights; on every device. y of (B, N, H', W')."""
