@@ -173,7 +173,9 @@ LOWBIT_AVX2_INLINE void decode_kind(const Weights& w, const Lookup& lk, int64_t 
       const int64_t end = std::min(c1, (g + 1) * w.group);
       const __m256 s = _mm256_set1_ps(scale[g]), z = _mm256_set1_ps(zero ? zero[g] : 0.0f);
       for (; k < end; k += 8) {
-        const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + (k - c0))));
+        __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + (k - c0))));
+        if (kind == Kind::kGather && k + 8 > end)  // what lies behind the last code may be anything: stay in the table
+          code = _mm256_and_si256(code, _mm256_set1_epi32((1 << w.bits) - 1));
         const __m256 v = _mm256_mul_ps(_mm256_sub_ps(levels_of<kind>(code, t, lk.table), z), s);
         if (k + 8 <= end) _mm256_storeu_ps(out + (k - k0), v);
         else _mm256_maskstore_ps(out + (k - k0), first_lanes(end - k), v);
