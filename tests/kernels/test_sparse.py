@@ -175,3 +175,12 @@ def test_doctor_lists_the_rows_and_finds_a_wrong_one(monkeypatch: pytest.MonkeyP
         module._agrees.cache_clear()
         assert [r["selfcheck"] for r in module.rows() if r["isa"] == ROWS[0]] == ["failed"]
         module._agrees.cache_clear()
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_what_a_product_reads_is_less_than_what_is_kept(integer: bool) -> None:
+    s, _ = problem(256, 512, 0.05, integer)
+    few, many, places = s.read_bytes(1), s.read_bytes(8), len(s.column)
+    least = (2 if integer else 5) * places
+    assert few == s.read_bytes(7) and least < few < 3 * least and least < many < 2 * least
+    assert few + many <= s.steps.nbytes < few + many + 8192

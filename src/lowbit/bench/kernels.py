@@ -125,7 +125,7 @@ def _one_shape(
     for name, fmt in formats.items():
         qt = fmt.quantize(w)
         for how in activations:
-            layers[name, how] = _layers(qt, how, kind)
+            layers[name, how] = _layers(qt, how, kind, shape.m)
             calls[f"{name} {how}"] = _calls(layers[name, how], x)
         bits = fmt.fmt.levels.bits
         copies = _copies(shape.n * shape.k * bits // 8, kind)
@@ -172,11 +172,11 @@ def _copies(n_bytes: int, kind: str) -> int:
     return 1 if kind == "resident" else min(max(2, -(-2 * cache_bytes() // max(n_bytes, 1))), MOST)
 
 
-def _layers(qt: QuantizedTensor, activations: str, kind: str) -> list[PackedLinear]:
+def _layers(qt: QuantizedTensor, activations: str, kind: str, tokens: int) -> list[PackedLinear]:
     """The same layer in as many places as it takes."""
     first = PackedLinear.from_quantized(qt, activations=activations)
     kept, out = first.prepare(), [first]
-    for _ in range(_copies(read_bytes(first), kind) - 1):
+    for _ in range(_copies(read_bytes(first, tokens), kind) - 1):
         copy = QuantizedTensor.from_tensors(qt.meta(), {k: t.clone() for k, t in qt.tensors().items()})
         out.append(PackedLinear.from_quantized(copy, activations=activations))
         source = tuple(out[-1]._buffers[key] for key in out[-1]._packed)
@@ -192,12 +192,12 @@ def _cloned(value: Any) -> Any:
     return getattr(type(value), "_make", tuple)(map(_cloned, value))
 
 
-def read_bytes(layer: PackedLinear) -> int:
-    """Bytes of the arguments that the layer's kernel reads."""
+def read_bytes(layer: PackedLinear, tokens: int) -> int:
+    """Bytes of the arguments that the layer's kernel reads for so many tokens."""
     prepared = layer.prepare()
     int8 = layer.activations == "int8"
     weight, added = (prepared.int8, prepared.sparse_int8) if int8 else (prepared.weight, prepared.sparse)
-    return sum(t.nbytes for t in _tensors(weight)) + (added.nbytes if added is not None else 0)
+    return sum(t.nbytes for t in _tensors(weight)) + (added.read_bytes(tokens) if added is not None else 0)
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -210,7 +210,7 @@ def _row(
     shape: Shape, machine: Machine, kind: str, fmt: Packing, activations: str, layer: PackedLinear, ms: float,
     all_ms: dict[str, float],
 ) -> dict[str, Any]:  # fmt: skip
-    n_bytes = read_bytes(layer) + 4 * shape.m * (shape.k + shape.n)
+    n_bytes = read_bytes(layer, shape.m) + 4 * shape.m * (shape.k + shape.n)
     op = OPS[activations]
     return {
         "op": op, "format": str(fmt), "bits": layer.quantized().bits_per_weight, "activations": activations,

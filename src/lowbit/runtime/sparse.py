@@ -21,6 +21,7 @@ from torch import Tensor
 from lowbit.runtime import kernels
 
 _MOST = 127
+_MANY = 8  # tokens from which they stand side by side
 _FEW = range(1, 16)  # multiples that are tried before 127: two levels, four, ... of one scale
 
 
@@ -35,6 +36,14 @@ class Sparse(NamedTuple):
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self)
+
+    def read_bytes(self, tokens: int) -> int:
+        """Bytes of it that a product of so many tokens reads: steps of few tokens, or tiles of many (csrc/sparse.h)."""
+        _, _, n, k, steps, integer, quads = self.steps[:56].numpy().view(np.int64).tolist()
+        slot = 2 if integer else 5  # an offset and a value
+        if tokens < _MANY:
+            return steps * (4 + 16 * (4 if integer else 1) * slot)
+        return 4 * quads * slot + 16 * 8 * -(-n // 64) * -(-k // 128)
 
 
 def sparse(row: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int], integer: bool = False) -> Sparse:
