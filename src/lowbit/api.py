@@ -7,7 +7,6 @@ lowbit.api.compress_model("model.gguf", "out/", method="gptq", bits=4, data="val
 import hashlib
 import os
 import platform
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -27,6 +26,7 @@ from lowbit.pipeline.stream import Walk
 from lowbit.recipe import Recipe
 from lowbit.runtime import swap
 from lowbit.runtime.artifact import auto_class_of, load, refuse_existing, save, write_artifact
+from lowbit.runtime.artifact_write import publish
 from lowbit.sources import check_tokenizer, foreign_note, open_model, read_text, token_windows
 from lowbit.sources.module import ModuleSource
 from lowbit.training import bits_per_weight, pack, penalty, prepare, step, summary
@@ -212,10 +212,7 @@ def _put_in_place(
     run = read_run(folder) | {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes()}
     run |= {"choice": choice, "evaluations": [row | {"text": "held-out calibration windows", "protocol": "gptq"}]}
     write_run(folder, run)
-    refuse_existing(out, force)
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(folder, out)
+    publish(folder, out, force)
     return load_manifest(out), run
 
 

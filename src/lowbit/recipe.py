@@ -177,6 +177,8 @@ class Recipe(BaseModel):
         fields = base.as_dict() if isinstance(base, Recipe) else read_yaml(base) if base else {}
         given = {k: v for k, v in flags.items() if v is not None}
         if "options" in given:
+            if not isinstance(given["options"], dict):
+                raise RecipeError(f"options should be a dict such as {{'damping': 0.05}}, not {given['options']!r}.")
             given["options"] = {**fields.get("options", {}), **given["options"]}
         if ("bits" in given or "group" in given) and "format" not in given:
             fields.pop("format", None)
@@ -192,8 +194,8 @@ def _like(value: Any, default: Any, least: int) -> bool:
     return isinstance(value, (int, float)) and 0 <= value < float("inf")
 
 
-def read_yaml(path: "str | Path") -> dict[str, Any]:
-    """A recipe file as a dict of fields."""
+def read_yaml(path: "str | Path", example: str = "`method: gptq` and `bits: 4`") -> dict[str, Any]:
+    """A recipe file as a dict of fields; example: lines that such a file may hold."""
     import yaml
 
     try:
@@ -204,12 +206,19 @@ def read_yaml(path: "str | Path") -> dict[str, Any]:
     except OSError as e:
         raise RecipeError(f"recipe {str(path)!r} cannot be read ({e.strerror or e}); check the path.") from e
     except (yaml.YAMLError, UnicodeDecodeError, ValueError) as e:
-        raise RecipeError(f"recipe {str(path)!r} is not YAML: {str(e).splitlines()[0]}") from e
+        raise RecipeError(f"recipe {str(path)!r} is not YAML: {_problem(e)}") from e
     except RecursionError:
         raise RecipeError(f"recipe {str(path)!r} is not YAML that can be read: its brackets are too deep.") from None
     if not isinstance(fields, dict) or not all(isinstance(k, str) for k in fields):
-        raise RecipeError(f"recipe {str(path)!r} should be lines such as `method: gptq` and `bits: 4`.")
+        raise RecipeError(f"recipe {str(path)!r} should be lines such as {example}.")
     return fields
+
+
+def _problem(e: Exception) -> str:
+    """What a YAML reader complains of, and in which line."""
+    mark = getattr(e, "problem_mark", None)
+    words = getattr(e, "problem", None) or str(e).splitlines()[0]
+    return words if mark is None else f"{words}, in line {mark.line + 1}"
 
 
 def _written_twice(node: Any) -> "str | None":

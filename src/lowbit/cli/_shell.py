@@ -167,7 +167,9 @@ WRITABLE = " Give a place you may write to."
 
 def _os_sentence(e: OSError) -> str:
     where = f"{e.filename}: " if e.filename else ""
-    fix = {28: " Free some space, or give another -o.", 13: WRITABLE, 30: WRITABLE}.get(e.errno or 0, "")
+    another = " Give another place with -o."
+    full = {28: " Free some space, or give another -o."}
+    fix = (dict.fromkeys((13, 30), WRITABLE) | dict.fromkeys((17, 20, 36), another) | full).get(e.errno or 0, "")
     return f"{where}{e.strerror or e}.{fix}"
 
 

@@ -19,6 +19,7 @@ def run(
     layer: Annotated[str | None, typer.Option(help="Only layers with this in their name.")] = None,
     as_json: Json = False,
 ) -> None:
+    from lowbit.errors import ArtifactError, near_names
     from lowbit.report.view import layers_of
     from lowbit.runtime.artifact import verify_artifact
     from lowbit.runtime.manifest import load_manifest
@@ -33,6 +34,9 @@ def run(
     ]
     sh.table(["layer", "shape", "format", ">bits", ">bytes", ">error"], rows)
     plain = [_plain(name, row) for name, row in manifest["plain"].items() if layer is None or layer in name]
+    if layer and not layers and not plain:
+        names = (*manifest["layers"], *manifest["plain"])
+        raise ArtifactError(f"no layer has {layer!r} in its name. {near_names(layer, names)}")
     sh.table(
         ["left in high precision", "shape", "dtype", ">bytes"],
         [(p["name"], "x".join(map(str, p["shape"])), p["dtype"], f"{p['bytes']:,}") for p in plain],

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import RecipeError, ShapeError
+from lowbit.errors import ModelError, RecipeError, ShapeError
 from lowbit.formats import tensor_specs
 from lowbit.pipeline.blocks import layer_matrix, layer_type
 from lowbit.pipeline.checkpoint import MemoryStore
@@ -15,7 +15,7 @@ from lowbit.pipeline.stream import Walk
 from lowbit.recipe import Recipe
 from lowbit.runtime import swap
 from lowbit.solvers import Solution
-from lowbit.sources import set_tensor
+from lowbit.sources import check_finite, set_tensor
 
 
 def assemble(walk: Walk, store: MemoryStore, plan: Recipe) -> nn.Module:
@@ -62,6 +62,10 @@ def compress_network(model: nn.Module, plan: Recipe, data: Any, progress: "Progr
         raise RecipeError(f"{plan.method} needs calibration inputs: data=a tensor (n, ...); or use rtn or hqq.")
     model = copy.deepcopy(model).eval()
     layers = {n: m for n, m in model.named_modules() if layer_type(m) in ("linear", "conv2d")}
+    if not layers:
+        raise ModelError("the network has no nn.Linear and no nn.Conv2d, and nothing else is compressed.")
+    for name, layer in layers.items():
+        _check_values(f"{name}.weight".removeprefix("."), layer_matrix(layer))
     convs, linears = ([n for n, m in layers.items() if layer_type(m) == kind] for kind in ("conv2d", "linear"))
     for name in {*convs[:1], *linears[-1:]} if len(layers) > 1 else ():
         del layers[name]
@@ -86,4 +90,10 @@ def _solved_alone(name: str, layer: nn.Module, plan: Recipe) -> "Solution | None
     try:
         return spec.solve(w.reshape(w.shape[0], -1).float(), None, fmt, **options)
     except ShapeError as e:
-        raise ShapeError(f"{name}: {e}") from None
+        raise ShapeError(f"{name}: {e}" if name else str(e)) from None
+
+
+def _check_values(name: str, w: Tensor) -> None:
+    if w.is_meta:
+        raise ModelError(f"{name} is on the meta device and has no values: load the network's weights first.")
+    check_finite(name, w)

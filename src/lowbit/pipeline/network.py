@@ -48,7 +48,7 @@ def solve_network(
         raise RecipeError(f"{plan.method} with gram={plan.gram} walks transformers' blocks; use gptq or icquant here.")
     floats, solutions = copy.deepcopy(net).eval(), {}
     wanted = set(names)
-    calls = {n: c for n, c in call_counts(net.eval(), batches[0]).items() if n in wanted}
+    calls = {n: c for n, c in _first_pass(net.eval(), batches[0]).items() if n in wanted}
     for i, (name, times) in enumerate(calls.items()):
         layer, fmt = net.get_submodule(name), plan.format_for(name)
         if fmt is None:
@@ -81,6 +81,17 @@ def _solved(name: str, layer: nn.Module, fmt: Format, plan: Recipe, statistics: 
 
 
 # -- inputs
+
+
+def _first_pass(net: nn.Module, batch: Tensor) -> dict[str, int]:
+    """`call_counts`. Raises DataError where the network cannot read the batch."""
+    try:
+        return call_counts(net, batch)
+    except (RuntimeError, TypeError, ValueError, IndexError) as e:
+        given = f"{tuple(batch.shape)} of {str(batch.dtype).removeprefix('torch.')}"
+        raise DataError(
+            f"the network cannot read the data, {given} ({str(e).splitlines()[0]}); give inputs as you call it with."
+        ) from e
 
 
 def call_counts(net: nn.Module, batch: Tensor) -> dict[str, int]:

@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 NAME = "run.json"
+KINDS = {
+    "seconds": (int, float), "peak_memory_bytes": (int, float), "machine": str, "threads": int, "calibration": dict,
+    "choice": dict,
+}  # fmt: skip
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -21,7 +25,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         run = json.loads((folder / NAME).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         run = {}
-    run = run if isinstance(run, dict) else {}
+    run = {k: v for k, v in run.items() if isinstance(v, KINDS.get(k, object))} if isinstance(run, dict) else {}
     rows = run.get("evaluations")
     return run | {"evaluations": [r for r in rows if isinstance(r, dict)] if isinstance(rows, list) else []}
 

@@ -57,7 +57,10 @@ def save(
 
     Raises ArtifactError as `write_artifact` does.
     """
+    swap.check_module(model, "lowbit.save")
     packed = dict(swap.packed_modules(model))
+    if prepared := next((n for n, m in model.named_modules() if hasattr(m, "parametrizations")), None):
+        raise ArtifactError(f"{prepared or 'the model'} is prepared and not packed: call lowbit.pack(model) first.")
     if not packed:
         raise ArtifactError(
             "no layer of this model is packed: call lowbit.compress(model, ...) or lowbit.pack(model) first."

@@ -103,7 +103,7 @@ def write_artifact(
         for name, text in ({"run.json": canonical_json(_plain_json(run))} | dict(extras or {})).items():
             _write(folder / name, text)
         _flush(folder)
-        _publish(folder, out, force)
+        publish(folder, out, force)
     except OSError as e:
         shutil.rmtree(folder, ignore_errors=True)  # so that the free space in the message is what there will be
         raise _os_error(out, need, e) from e
@@ -134,6 +134,20 @@ def refuse_existing(out: Path, force: bool) -> None:
         raise ArtifactError(
             f"{out} holds other files and no {mf.NAME}, so --force leaves it alone; give another folder with -o."
         )
+    if strange := _strangers(out):
+        raise ArtifactError(
+            f"{out} also holds {strange[0]!r}, which lowbit did not write and --force would delete; "
+            "move it away, or give another folder with -o."
+        )
+
+
+def _strangers(out: Path) -> list[str]:
+    """Names in an artifact's folder that are not of the artifact; where its list cannot be read, its folders."""
+    try:
+        known = {*mf.load_manifest(out)["files"], *mf.UNCHECKED}
+    except ArtifactError:
+        return sorted(p.name for p in out.iterdir() if p.is_dir())
+    return sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith("."))
 
 
 def _describe(
@@ -258,7 +272,8 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _publish(folder: Path, out: Path, force: bool) -> None:
+def publish(folder: Path, out: Path, force: bool) -> None:
+    """Move a finished artifact to OUT; the old one stays whole until then. Raises ArtifactError, OSError."""
     refuse_existing(out, force)  # somebody may have made it meanwhile
     aside = mf.aside_of(out)
     if os.path.lexists(out):

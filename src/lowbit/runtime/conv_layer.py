@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lowbit.errors import ShapeError
 from lowbit.formats import QuantizedTensor
-from lowbit.runtime import conv_kernels
+from lowbit.runtime import conv_kernels, ops
 from lowbit.runtime.binary_kernels import Geometry
 from lowbit.runtime.kernel_weight import KernelWeight
 from lowbit.runtime.packed import Packed, empty_bias
@@ -83,6 +83,7 @@ class PackedConv2d(Packed):
             return self.forward(x[None])[0]
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ShapeError(f"input is {tuple(x.shape)}, the layer needs (batch, {self.in_channels}, height, width).")
+        ops.check_floats(x)
         if self._activations == "int8" and x.device.type == "cpu":
             whole = self.prepare().int8[0]
             if isinstance(whole, conv_kernels.Conv):

@@ -52,14 +52,16 @@ class PackedLinear(Packed):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
-            raise ShapeError(f"input has {x.shape[-1]} features, the layer needs {self.in_features}.")
+        if not x.ndim or x.shape[-1] != self.in_features:
+            found = f"{x.shape[-1]} features" if x.ndim else "no dimension"
+            raise ShapeError(f"the input has {found}, the layer needs {self.in_features} features.")
         if is_plain(x):
             direct = self._direct
             if (direct and (y := direct(self, x)) is not None) or (y := self._direct_anew(x)) is not None:
                 return y
+        ops.check_floats(x)
         y = self._matmul(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.device, y.dtype)
 
     def _direct_anew(self, x: Tensor) -> "Tensor | None":
         """y as one call of the kernel, of what the layer holds now; None where that cannot be had."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowbit.errors import KernelError
+from lowbit.errors import KernelError, ShapeError
 from lowbit.runtime import kernels
 from lowbit.runtime.sparse import Sparse
 from lowbit.runtime.sparse import sparse_linear as sparse_linear_
@@ -212,7 +212,15 @@ def _int8_row(row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ((row - base) / step).round(), step, base
 
 
+def check_floats(x: Tensor) -> None:
+    """Raises ShapeError: whole numbers would come out rounded, and numpy arrays not at all."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
+        raise ShapeError(f"a packed layer takes a tensor of floats, not {kind}: give x.float().")
+
+
 def _flat(x: Tensor) -> Tensor:
+    check_floats(x)
     return x.detach().reshape(-1, x.shape[-1]).to(torch.float32).contiguous()
 
 

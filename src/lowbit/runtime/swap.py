@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowbit.errors import ArtifactError, LowbitError
+from lowbit.errors import ArtifactError, LowbitError, ModelError
 from lowbit.formats import QuantizedTensor, tensor_specs
 from lowbit.runtime.binary_layers import PackedBinaryConv2d, PackedBinaryLinear
 from lowbit.runtime.conv_layer import PackedConv2d
@@ -205,6 +205,12 @@ def install(
     for alias, owner in manifest["tied"].items():
         old = _module(model, alias)
         _set_module(model, alias, pack_layer(old, packed[owner], str(kind_of(old)), activations))
+
+
+def check_module(model: Any, what: str) -> None:
+    """Raises ModelError for anything but a torch module; what: the function that was called."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{what} takes a torch module, not a {type(model).__name__}.")
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -117,7 +117,10 @@ def read_header(path: Path) -> Header:
 
 
 def _preamble(cursor: _Cursor) -> tuple[int, int, int]:
-    if cursor.size < 24 or cursor.take(4) != MAGIC:
+    magic = cursor.take(4) if cursor.size >= 4 else b""
+    if magic == MAGIC and cursor.size < 24:
+        raise ModelError(f"{cursor.path} ends after {cursor.size} bytes; {AGAIN}.")
+    if magic != MAGIC:
         raise ModelError(
             f"{cursor.path} is not a GGUF file (it does not begin with 'GGUF'); give a .gguf file or a model folder."
         )

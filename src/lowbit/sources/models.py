@@ -33,6 +33,8 @@ def open_model(name_or_path: str | os.PathLike[str]) -> ModelSource:
         return _open_file(path)
     if path.is_dir():
         return _open_folder(path)
+    if path.exists():
+        raise ModelError(f"{text} is no regular file; give a .gguf file or a model folder.")
     if path.suffix.lower() in (".gguf", ".safetensors", *PICKLES) or not HUB_NAME.fullmatch(text):
         raise ModelError(
             f"{text}: no such file or folder; check the path, or give a hub name such as "

@@ -79,7 +79,7 @@ def _pieces(spec: str, column: str, split: str) -> Iterator[str]:
     if path.is_dir() and not spec.startswith("datasets:"):
         for file in _folder(path):
             yield from _reader(file)(file, column)
-    elif path.is_file():
+    elif path.exists():  # a pipe, too
         yield from _reader(path)(path, column)
     elif (match := HUB.fullmatch(spec)) and (match[1] or Path(spec).suffix.lower() not in (*TEXTS, *PARQUET, *JSONL)):
         yield from _dataset(match["name"], match["split"] or split, column)

@@ -137,7 +137,7 @@ def shipped() -> dict[str, Path]:
 def load_recipe(name: "str | Path", **changes: Any) -> TrainRecipe:
     """A shipped recipe by name, or a YAML file; changes that are None do not count. Raises RecipeError."""
     given = {k: v for k, v in changes.items() if v is not None}
-    fields = read_yaml(_file(str(name))) | given
+    fields = read_yaml(_file(str(name)), "`task: digits` and `architecture: mlp`") | given
     return TrainRecipe(**fields)
 
 

@@ -46,6 +46,9 @@ def prepare(
     """
     if estimator is not None:
         options["estimator"] = estimator
+    swap.check_module(net, "lowbit.prepare")
+    if any(True for _ in swap.packed_modules(net)):
+        raise RecipeError("this network's layers are packed already: prepare the float network it came from.")
     choices = read_choices(recipe, skip, keep_ends, **options)
     if any(True for _ in weight_functions(net)) or any(True for _ in input_functions(net)):
         raise RecipeError(
@@ -73,6 +76,7 @@ def prepare(
 
 def weight_functions(net: nn.Module) -> Iterator[tuple[str, nn.Module, WeightFunction]]:
     """(name, layer, its weight function) of every prepared layer."""
+    swap.check_module(net, "this")
     for name, module in list(net.named_modules()):
         if parametrize.is_parametrized(module, "weight"):
             last = module.parametrizations["weight"][-1]  # type: ignore[index]

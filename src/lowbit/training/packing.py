@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lowbit.activations import attach, attached
-from lowbit.errors import RecipeError
+from lowbit.errors import ModelError, RecipeError
 from lowbit.formats import Format, QuantizedTensor, quantize
 from lowbit.runtime import swap
 from lowbit.runtime.fold import fold_norms
@@ -26,19 +26,34 @@ def pack(net: nn.Module, activations: str = "float", rest: "Format | str | None"
     Raises RecipeError if nothing is prepared.
     """
     prepared = list(weight_functions(net))
+    names = list(net.named_modules(remove_duplicate=False))
     if not prepared:
         raise RecipeError('nothing to pack: call lowbit.prepare(net, "ternary") first, then train.')
     for name, module, function in prepared:
-        packed = _packed(module, function.quantized(latent_of(module)), activations)
+        latent = latent_of(module)
+        check_values(name, latent)
+        packed = _packed(module, function.quantized(latent), activations)
         packed.train(module.training)
         if not name:
             return packed
-        _replace(net, name, packed)
+        for other in (n for n, m in names if m is module):  # a module may stand under several names
+            _replace(net, other, packed)
     if rest is not None:
         _pack_rest(net, Format.parse(rest) if isinstance(rest, str) else rest, activations)
     fold_norms(net)
     net._buffers.pop(STEP, None)
     return net
+
+
+def check_values(name: str, w: Tensor) -> None:
+    """Raises ModelError where a layer's weights are no numbers."""
+    if w.is_meta:
+        raise ModelError(f"{name or 'the layer'} is on the meta device and has no values: load its weights first.")
+    if bad := int((~w.isfinite()).sum()):
+        raise ModelError(
+            f"{name or 'the layer'}: {bad} of {w.numel()} weights are NaN or infinite, so the training has diverged. "
+            "Go back to an earlier checkpoint, and try a smaller learning rate."
+        )
 
 
 def _packed(module: Any, qt: QuantizedTensor, activations: str) -> nn.Module:

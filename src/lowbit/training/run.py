@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lowbit.errors import RecipeError
 from lowbit.estimators import Scheduled
+from lowbit.runtime import swap
 from lowbit.training.attach import STEP, latent_of, weight_functions
 from lowbit.weights import WeightFunction
 
@@ -23,6 +24,7 @@ def step(net: nn.Module, position: "float | None" = None) -> int:
     Raises RecipeError if there are schedules and nothing says where they stand, or if torch's first FSDP hides the
     latents (use_orig_params=False).
     """
+    swap.check_module(net, "lowbit.step")
     if any(type(p).__name__ == "FlatParameter" for p in net.parameters()):
         raise RecipeError("FullyShardedDataParallel hides the latent weights: give it use_orig_params=True.")
     if position is None:
@@ -78,6 +80,7 @@ def add_penalty_gradients(net: nn.Module) -> None:
 
 
 def _terms(net: nn.Module) -> list[Any]:
+    swap.check_module(net, "lowbit.penalty")
     flat = any(type(m).__name__ == "FullyShardedDataParallel" for m in net.modules())
     if flat and any(type(f).penalty is not WeightFunction.penalty for _, _, f in weight_functions(net)):
         raise RecipeError(
