@@ -50,7 +50,11 @@ def test_packed_layers_take_tensors_with_features() -> None:
         layer(np.ones((2, 64), np.float32))
     with pytest.raises(ShapeError, match="no dimension, the layer needs 64 features"):
         layer(torch.ones(()))
-    assert layer(torch.ones(2, 64, device="meta")).shape == (2, 64)
+
+
+@pytest.mark.slow
+def test_shapes_are_known_without_values() -> None:
+    assert lowbit.compress(mlp(), "rtn", bits=4)[2](torch.ones(2, 64, device="meta")).shape == (2, 64)
 
 
 def test_a_layer_under_two_names_is_packed_under_both(tmp_path: Path) -> None:

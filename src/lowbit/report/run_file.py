@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "run.json"
-KINDS = {
+KINDS: dict[str, type | tuple[type, ...]] = {
     "seconds": (int, float), "peak_memory_bytes": (int, float), "machine": str, "threads": int, "calibration": dict,
     "choice": dict,
 }  # fmt: skip
