@@ -93,6 +93,8 @@ const Row<SparseFn> kSparseRows[] = {
 #if LOWBIT_X86
     {"avx512", kAvx2 | kAvx512 | kVbmi | kVnni, &sparse_avx512},
     {"avx2", kAvx2, &sparse_avx2},
+#elif LOWBIT_NEON
+    {"neon", kNeon, &sparse_neon},
 #endif
     {"scalar", 0, &sparse_scalar}};
 const Row<QuantizeFn> kQuantizeRows[] = {

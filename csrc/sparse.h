@@ -94,7 +94,7 @@ constexpr int64_t kSparseTokens = 32, kPartial = 64;  // tokens of a tile; terms
 constexpr int64_t kFewTokens = 4;
 using SparseFn = const SparseRow*;
 extern const Table<SparseFn> kSparse;
-extern const SparseRow sparse_scalar, sparse_avx2, sparse_avx512;
+extern const SparseRow sparse_scalar, sparse_avx2, sparse_avx512, sparse_neon;
 
 void sparse_linear(const Places&, const Steps&, const float* x, int64_t m, float* y, int n_threads,
                    const std::string& force);

@@ -37,5 +37,5 @@ def test_rows_of_64_bit_arm(tmp_path: Path) -> None:
     need("aarch64-linux-gnu-g++", "qemu-aarch64")
     program = tmp_path / "check_rows"
     build("aarch64-linux-gnu-g++", program, "-static")
-    check("qemu-aarch64", "-cpu", "max", program, "dotprod", "neon", "scalar")
+    check("qemu-aarch64", "-cpu", "max", program, "dotprod", "neon", "scalar", "sparse:neon")
     check("qemu-aarch64", "-cpu", "cortex-a53", program, "neon", "scalar")  # a processor without SDOT

@@ -14,6 +14,7 @@
 
 #include "binary.h"
 #include "linear_int8.h"
+#include "sparse.h"
 
 namespace {
 
@@ -241,13 +242,71 @@ int run_bits(std::set<std::string>& seen) {
   return failed;
 }
 
+// Exceptions of every kind. Few tokens of kInt are sums of whole numbers: equal. The rest may differ by the order of sums.
+bool sparse_agree(SparseKind kind, int64_t n, int64_t k, int every, int64_t m, Fill fill, const std::string& isa) {
+  std::vector<int64_t> start{0};
+  std::vector<int32_t> column;
+  std::vector<float> value, factor(static_cast<size_t>(n), 0.25f);
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t c = 0; c < k; ++c) {
+      if (below(every) != 0) continue;
+      const int whole = fill == Fill::kRandom ? below(255) - 127 : fill == Fill::kLowest ? -127 : 127;
+      column.push_back(static_cast<int32_t>(c));
+      value.push_back(kind == SparseKind::kInt ? 0.25f * static_cast<float>(whole) : normal());
+    }
+    start.push_back(static_cast<int64_t>(column.size()));
+  }
+  const Places places{n, k, start.data(), column.data(), value.data()};
+  const std::vector<uint8_t> packed = pack_sparse(places, kind, factor.data());
+  const Steps steps(packed.data(), static_cast<int64_t>(packed.size()));
+  const auto x = filled<float>(m * k, [&] { return fill == Fill::kRandom ? normal() : fill == Fill::kLowest ? -3.0f : 3.0f; });
+  std::vector<float> y[2];
+  for (int i = 0; i < 2; ++i) {
+    y[i].assign(static_cast<size_t>(m * n), 0.0f);
+    sparse_linear(places, steps, tight(x).get(), m, y[i].data(), 1, i ? "scalar" : isa);
+  }
+  if (kind == SparseKind::kInt && m < 8) return same(y[0], y[1]);
+  for (int64_t t = 0; t < m; ++t)
+    for (int64_t r = 0; r < n; ++r) {
+      double size = 0;
+      for (int64_t i = start[static_cast<size_t>(r)]; i < start[static_cast<size_t>(r + 1)]; ++i)
+        size += std::fabs(static_cast<double>(x[static_cast<size_t>(t * k + column[static_cast<size_t>(i)])]) *
+                          value[static_cast<size_t>(i)]);
+      const size_t at = static_cast<size_t>(t * n + r);
+      const double bound = (193.0 + static_cast<double>(k) / 64) * std::ldexp(size, -24);
+      if (!(std::fabs(static_cast<double>(y[0][at]) - y[1][at]) <= bound)) return false;
+    }
+  return true;
+}
+
+int run_sparse(std::set<std::string>& seen) {
+  int failed = 0;
+  for (size_t r = 0; r < kSparse.count; ++r) {
+    const Row<SparseFn>& row = kSparse.rows[r];
+    if ((row.needs & cpu_features()) != row.needs) continue;
+    seen.insert(std::string("sparse:") + row.isa);
+    int count = 0, wrong = 0;
+    for (const SparseKind kind : {SparseKind::kInt, SparseKind::kFloat})
+      for (const int64_t n : {1, 15, 16, 33, 130})
+        for (const int64_t k : {1, 31, 64, 129, 700})
+          for (const int every : {1, 3, 20})
+            for (const int64_t m : {1, 3, 7, 8, 33})
+              for (const Fill fill : {Fill::kRandom, Fill::kLowest, Fill::kHighest}) {
+                ++count;
+                wrong += !sparse_agree(kind, n, k, every, m, fill, row.isa);
+              }
+    failed += report("sparse_linear", row.isa, wrong, count);
+  }
+  return failed;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   std::set<std::string> seen;
   int failed = run("decode", kDecode, decode_agrees, seen) + run("linear_float", kLinearFloat, float_agrees, seen) +
                run("quantize", kQuantize, quantize_agrees, seen) + run("linear_int8", kLinearInt8, int8_agrees, seen) +
-               run_bits(seen);
+               run_bits(seen) + run_sparse(seen);
   for (int i = 1; i < argc; ++i)
     if (!seen.count(argv[i])) {
       std::printf("row %s is not there\n", argv[i]);
