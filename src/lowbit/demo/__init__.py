@@ -9,14 +9,14 @@ import copy
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from lowbit._threads import one_thread
 from lowbit.demo.digits import Digits, digit_net, load_digits, logits, share_right, train
 from lowbit.errors import ArtifactError, KernelError
 
@@ -71,17 +71,6 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, progress: "Progress 
     result["seconds"] = round(time.perf_counter() - started, 2)
     (out / MARK).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     return result
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Too small to share: a second thread gains nothing, and on a busy machine the two wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _variant_row(

@@ -11,12 +11,10 @@ and no piece holds half a character. Times are those of the engine and the sampl
 
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
+from lowbit._threads import one_thread
 from lowbit.errors import ModelError, RecipeError
 from lowbit.runtime.engines import ModuleEngine, NativeEngine, pick
 from lowbit.runtime.prompts import check_model, check_text, encode_prompt, eos_ids, room, wants_chat
@@ -73,7 +71,7 @@ class Batch:
         while going := [(n, t) for n, t in enumerate(self._texts) if t.going]:
             started = time.perf_counter()
             logits = engine.read([(n, t.unread) for n, t in going])
-            with _one_thread():
+            with one_thread():
                 if logits.isnan().any():
                     raise ModelError(
                         "the model's logits are NaN. Check its weights (lowbit inspect), or run it in float32."
@@ -88,17 +86,6 @@ class Batch:
         if self.engine == "module":
             return ModuleEngine(self._model, len(self._texts), self._options["cache"])
         return NativeEngine(self._model, [t.capacity for t in self._texts], self._options["kv_bits"])
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Torch on this thread alone: its others would go on spinning where the next step's threads want to run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Generation:

@@ -14,13 +14,12 @@ the rest in one product.
 Source: Frantar 2022 (GPTQ, arXiv:2210.17323), algorithm 1; identities derived.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lowbit._threads import one_thread
 from lowbit.errors import DataError
 from lowbit.formats import Format, Grid, decode, encode, fit
 from lowbit.solvers._native import NativeGrids, knows
@@ -82,20 +81,6 @@ def _columns(i1: int, i2: int, columns: Tensor, errors: Tensor, u: Tensor, hooks
         torch.sub(column, q, out=e).div_(diagonal[j - i1])
         hooks.exempt(j, column, q, e)
         columns[j + 1 : i2].addr_(u[j, j + 1 : i2], e, alpha=-1)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run what is inside with one thread, then give the others back.
-
-    A column is too little work to share: a second thread saves nothing, and waiting for it is slow on a busy machine.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def inverse_cholesky(gram: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -14,7 +14,8 @@ Source: Behdin 2023 (QuantEase, arXiv:2309.01885), section 3; the blocked form i
 import torch
 from torch import Tensor
 
-from lowbit.solvers._columns import GridHooks, one_thread
+from lowbit._threads import one_thread
+from lowbit.solvers._columns import GridHooks
 
 
 def descend(w: Tensor, q: Tensor, gram: Tensor, hooks: GridHooks, *, damping: float, block: int = 64) -> None:
