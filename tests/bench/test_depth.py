@@ -8,9 +8,10 @@ from lowbit.bench import depth
 @pytest.mark.slow
 def test_the_peak_of_memory_is_that_of_one_block() -> None:
     options = ["--method", "gptq", "--bits", "3", "--windows", "4", "--context", "64"]
-    few, many = (depth.measure(blocks, options, width=256) for blocks in (4, 24))
-    assert many["nbytes_float"] - few["nbytes_float"] > 50e6
-    assert many["peak_memory_bytes"] < few["peak_memory_bytes"] + 15e6
+    few, many = (depth.measure(blocks, options) for blocks in (4, 20))
+    extra = many["nbytes_float"] - few["nbytes_float"]
+    assert extra > 190e6
+    assert many["peak_memory_bytes"] < few["peak_memory_bytes"] + extra / 2  # heap and page cache wander by some 30 MB
 
 
 def test_a_row_for_each_depth(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
