@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kChunkM = 1024;         // tokens at a time: bounds the buffers
 constexpr int64_t kUnpackFrom = 12;       // tokens from which a matrix is expanded to bytes first
-constexpr int64_t kTileM = 240;           // tokens that share one expansion: their activations stay in the cache
+constexpr int64_t kTileM = 256;           // tokens that share one expansion: their activations stay in the cache
 constexpr int64_t kInlineMacs = 1 << 17;  // below this, waking a thread costs more than it saves
 
 int threads_for(int64_t macs, int n_threads) { return macs < kInlineMacs ? 1 : n_threads; }
