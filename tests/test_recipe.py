@@ -144,3 +144,15 @@ def test_a_file_that_trips_the_yaml_reader(tmp_path: Path, text: str) -> None:
 def test_the_widest_seeds_work() -> None:
     for seed in (-(2**63), 2**64 - 1):
         torch.Generator().manual_seed(Recipe(seed=seed).seed)
+
+
+def test_a_rule_has_options_of_its_own():
+    rules = [
+        {"match": "*.a", "format": "uint4-g16", "options": {"sweeps": 4}},
+        {"match": "*.b", "format": "uint4-g16", "method": "hqq"},
+    ]
+    recipe = Recipe(method="gptq", options={"damping": 0.2}, layers=rules)
+    assert recipe.solver_for("m.a")[1] == recipe.solver_options | {"sweeps": 4}
+    assert recipe.solver_for("m.c")[1]["damping"] == 0.2 and recipe.solver_for("m.b")[0].name == "hqq"
+    with pytest.raises(RecipeError, match="has no option 'sweps'. Did you mean"):
+        Recipe(method="gptq", layers=[{"match": "*", "format": "uint4-g16", "options": {"sweps": 4}}])

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,8 @@ def compress_model(
     budget: "int | None" = None,
     max_loss: "float | None" = None,
     latency: "float | None" = None,
+    allocate: "str | None" = None,
+    sensitivity: "str | None" = None,
     max_ram: "int | None" = None,
     force: bool = False,
     embed_bits: "int | None" = None,
@@ -128,6 +130,7 @@ def compress_model(
     budget:    bytes of model.safetensors; max_loss: perplexity / float perplexity - 1, on held-out windows of the
                data; latency: seconds to generate a token; bits that are no whole number: an average. With one of
                these, formats are chosen layer by layer: see `lowbit.pipeline.auto`
+    allocate, sensitivity: how formats are chosen on the way to a goal, see `lowbit.pipeline.goals.Search`
     max_ram:   ceiling in bytes; the plan is made, and said through progress, before anything runs
     tokenizer: a folder, if not the model's own
     returns:   the JSON object of `lowbit compress`; with a goal, "choice" in it says what was chosen and measured
@@ -136,14 +139,17 @@ def compress_model(
     Raises LowbitError with one sentence that says what to type; OUT then does not exist (or is what it was).
     """
     began, say, out = time.perf_counter(), progress or (lambda event: None), Path(out)
-    goals = _goals(budget, bits, max_loss, latency)
+    goals = _goals(budget, bits, max_loss, latency, method)
     width = None if goals else bits
     widths = {"bits": width, "group": group, "format": format, "embeddings": embed_bits, "activations": activations}
     calibration = {"gram": gram, "data": data, "windows": windows, "context": context, "seed": seed}
     plan = Recipe.merged(recipe, method=method, options=options, **widths, **calibration)
     refuse_existing(out, force)
+    search = _search(method, group, embed_bits is not None or goals.only_bits, allocate, sensitivity)
     if goals:
         _check_goals(goals, plan, format)
+    elif allocate or sensitivity:
+        raise RecipeError("--allocate and --sensitivity choose formats for a goal: add --budget 60MB or --bits 2.5.")
     if plan.needs_data and not plan.data:
         raise RecipeError(f"{plan.method} needs calibration text: add --data FILE, or use --method rtn or hqq.")
     source = open_model(model)
@@ -162,7 +168,7 @@ def compress_model(
 
     assert ids is not None
     more = token_windows(text, words, plan.windows + auto.HELD_WINDOWS, plan.context, plan.seed).ids
-    wanted = {"goals": goals.as_dict(), "method": method, "group": group, "embeddings": embed_bits}
+    wanted = {"goals": goals.as_dict(), "search": asdict(search), "embeddings": embed_bits}
     with closing(FolderStore(Path(f"{out}.partial"), _identity(source, plan, ids) | wanted, replace=force)) as store:
         folder, choice = auto.compress_to(
             goals,
@@ -172,22 +178,38 @@ def compress_model(
             store,
             lambda recipe, to, work: job.compress(recipe, to, work, True)[0],
             say,
-            method,
-            group,
-            fixed_ends=embed_bits is not None or goals.only_bits,
+            search,
         )
         manifest, run = _put_in_place(folder, out, force, choice, began)
         store.discard()
     return result_of(manifest, run) | {"choice": choice}
 
 
-def _goals(budget: "int | None", bits: "int | float | None", max_loss: "float | None", latency: "float | None") -> Any:
-    """What was asked for, with an average of bits only where that is no whole number or stands beside another goal."""
+def _goals(
+    budget: "int | None",
+    bits: "int | float | None",
+    max_loss: "float | None",
+    latency: "float | None",
+    method: "str | None",
+) -> Any:
+    """What was asked for; bits are an average where they are no whole number, stand beside another goal, or where the
+    method mixes widths.
+    """
     from lowbit.pipeline.goals import Goals
+    from lowbit.solvers import find
 
     others = (budget, max_loss, latency) != (None, None, None)
-    average = bits is not None and (others or bits != int(bits))
+    mixes = method is not None and bool(find(method).averages)
+    average = bits is not None and (others or bits != int(bits) or mixes)
     return Goals(budget, float(bits) if average and bits is not None else None, max_loss, latency)
+
+
+def _search(
+    method: "str | None", group: "int | None", fixed_ends: bool, allocate: "str | None", sensitivity: "str | None"
+) -> Any:
+    from lowbit.pipeline.goals import Search
+
+    return Search(method, group, fixed_ends, allocate, sensitivity or "fisher")
 
 
 def _check_goals(goals: Any, plan: Recipe, format: "str | None") -> None:

@@ -7,6 +7,7 @@
     layers:                 other formats for some layers, the first match wins; "float" leaves a layer alone
       - {match: "*.down_proj", format: uint8-g64}
       - {match: "*.v_proj", format: uint4-g64, method: rtn}     another method, with its default options
+      - {match: "*.o_proj", format: uint4-g64, options: {sweeps: 4}}     or options of its own
     options: {damping: 0.01}    the method's own options
     gram: oac               what is gathered about a layer: inputs, or the loss's gradients too: oac, guided, fisher
     data: valid.txt[:50%]   calibration text; windows x context tokens of it, chosen by seed
@@ -38,6 +39,7 @@ class LayerRule(BaseModel):
     match: str
     format: str
     method: str = ""
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class Recipe(BaseModel):
@@ -72,31 +74,21 @@ class Recipe(BaseModel):
         if self.group == 0:
             raise RecipeError("group 0: use a positive group size such as 64, or -1 for one group per row.")
         self._check_embeddings()
-        self._check_options(find(self.method))
+        self._check_gram(self.solver)
+        _check_options(self.solver, self.options)
         for rule in self.layers:
             self._check_rule(rule)
         for text in (self.format, *self._formats_named()):
             if text not in ("", "float") and Format.parse(text).rounding == "stochastic":
                 raise RecipeError(f"{text}: stochastic rounding gives other codes on every run. Leave that word out.")
 
-    def _check_options(self, spec: Spec) -> None:
+    def _check_gram(self, spec: Spec) -> None:
         if self.gram != "inputs" and not spec.uses_gram:
             with_it = ", ".join(n for n, s in table().items() if s.uses_gram)
             raise RecipeError(f"method {spec.name!r} does not use gram={self.gram}. Methods that do: {with_it}.")
-        for name, value in self.options.items():
-            if name not in spec.options:
-                known = list(spec.options) or ["(none)"]
-                raise RecipeError(f"method {spec.name!r} has no option {name!r}. {near_names(name, known)}")
-            least = 0 if name in MAY_BE_NONE else 1
-            if not _like(value, spec.options[name], least):
-                wanted = {bool: "true or false", int: f"a whole number of at least {least}"}
-                raise RecipeError(
-                    f"option {name}={value!r} of {spec.name!r} should be "
-                    f"{wanted.get(type(spec.options[name]), 'a number of at least 0')}, "
-                    f"e.g. {spec.options[name]}."
-                )
 
     def _check_rule(self, rule: LayerRule) -> None:
+        _check_options(find(rule.method or self.method), rule.options)
         if rule.method in ("", self.method):
             return
         spec = find(rule.method)
@@ -127,9 +119,9 @@ class Recipe(BaseModel):
         """A layer's method and the options it runs with."""
         rule = self._rule(layer)
         if rule is None or rule.method in ("", self.method):
-            return self.solver, self.solver_options
+            return self.solver, self.solver_options | (rule.options if rule else {})
         spec = find(rule.method)
-        return spec, dict(spec.options)
+        return spec, spec.options | rule.options
 
     def _rule(self, layer: str) -> "LayerRule | None":
         return next((rule for rule in self.layers if fnmatchcase(layer, rule.match)), None)
@@ -183,6 +175,22 @@ class Recipe(BaseModel):
         if ("bits" in given or "group" in given) and "format" not in given:
             fields.pop("format", None)
         return cls(**(fields | given))
+
+
+def _check_options(spec: Spec, options: dict[str, Any]) -> None:
+    """Options that the method has, of the kind it takes. Raises RecipeError."""
+    for name, value in options.items():
+        if name not in spec.options:
+            known = list(spec.options) or ["(none)"]
+            raise RecipeError(f"method {spec.name!r} has no option {name!r}. {near_names(name, known)}")
+        least = 0 if name in MAY_BE_NONE else 1
+        if not _like(value, spec.options[name], least):
+            wanted = {bool: "true or false", int: f"a whole number of at least {least}"}
+            raise RecipeError(
+                f"option {name}={value!r} of {spec.name!r} should be "
+                f"{wanted.get(type(spec.options[name]), 'a number of at least 0')}, "
+                f"e.g. {spec.options[name]}."
+            )
 
 
 def _like(value: Any, default: Any, least: int) -> bool:

@@ -11,9 +11,10 @@ import torch
 from lowbit.api import compress_model
 from lowbit.errors import BudgetError, RecipeError
 from lowbit.evaluate import perplexity
-from lowbit.pipeline.goals import Goals, choose, embedding_menu, menu
+from lowbit.pipeline.goals import ALLOCATORS, Goals, Search, choose, embedding_menu, menu
 from lowbit.recipe import Recipe
 from lowbit.runtime.artifact import load
+from lowbit.solvers import find
 from tests.cli.helpers import refused, run, run_json, words
 from tests.sources import tiny_models as tiny
 
@@ -200,6 +201,35 @@ def test_what_contradicts_a_goal_is_refused(tiny_llama, tmp_path):
     tight = refused("compress", model, "-o", tmp_path / "out", "--bits", 1.5, "--data", text, *SMALL)
     assert "smallest reachable" in tight and "Try --bits 2." in tight
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [*ALLOCATORS])
+def test_every_allocator_keeps_the_goal(name):
+    probe = made_up()
+    chosen = choose(probe, Goals(bits=3.4), BASE, allocator=name)
+    assert chosen.expected["bits_per_weight"] <= 3.4
+    assert bool(chosen.recipe.layers) != (name in ("uniform", "preset")), "these layers have no roles for presets"
+    best = choose(probe, Goals(bits=3.4), BASE, allocator="integer_program").expected["loss"]
+    assert chosen.expected["loss"] >= best * (1 - 1e-3)
+
+
+def test_searches_that_are_not_known(tmp_path):
+    for how in ({"allocate": "greddy"}, {"sensitivity": "hessian"}):
+        with pytest.raises(RecipeError, match="unknown"):
+            Search(**how)
+    assert "add --budget" in refused("compress", "model", "-o", tmp_path / "out", "--allocate", "greedy")
+
+
+def test_scalebits_spreads_an_average_over_layers_and_tiles(tiny_llama, tmp_path):
+    """Between layers by the probe, within them tile by tile; the counted average is kept."""
+    model, text = tiny_llama
+    how = {"data": str(text), "windows": 6, "context": 16}
+    got = compress_model(model, tmp_path / "out", method="scalebits", bits=4.0, **how)
+    recipe = json.loads((tmp_path / "out" / "lowbit.json").read_text())["recipe"]
+    averages = {recipe["options"]["average"], *(r["options"]["average"] for r in recipe["layers"])}
+    assert len(averages) > 1 and averages <= set(find("scalebits").averages)
+    assert got["bits_per_weight"] <= 4.0 and got["choice"]["met"]
+    assert got["choice"]["expected"]["bits_per_weight"] == pytest.approx(got["bits_per_weight"], rel=0.06)
 
 
 def test_sizes_of_the_expected_recipe_are_exact():

@@ -9,8 +9,9 @@ import torch
 from lowbit.allocate.kl import divergence
 from lowbit.formats import Format, quantize
 from lowbit.pipeline.auto import split_windows
+from lowbit.pipeline.blocks import block_calls, find_blocks
 from lowbit.pipeline.checkpoint import FolderStore, MemoryStore
-from lowbit.pipeline.probe import FLOAT, Option, Prober
+from lowbit.pipeline.probe import FLOAT, Option, Prober, _Sums
 from lowbit.pipeline.stream import Walk
 from lowbit.sources.module import ModuleSource
 from tests.sources import tiny_models as tiny
@@ -55,6 +56,21 @@ def test_predicted_losses_are_the_measured_ones(llama):
         told, true = (torch.tensor(column) for column in zip(*pairs))
         assert 0.75 < float(told.sum() / true.sum()) < 1.33, option
         assert float(torch.corrcoef(torch.stack([told.log(), true.log()]))[0, 1]) > 0.8, option
+
+
+def test_the_trace_is_the_fisher_loss_of_errors_without_direction(llama):
+    """White errors: both sensitivities agree."""
+    model, ids, _ = llama
+    sums = _Sums(find_blocks(model)[1][0])
+    hidden, slope = torch.randn(1, 32, model.config.hidden_size), torch.randn(1, 32, model.config.hidden_size)
+    calls = block_calls(model, [sums.block], {"input_ids": ids[:1]})
+    sums.back(hidden, slope, (calls[0][0][1:], calls[0][1]))
+    name = sums.names[-1]
+    out, in_ = sums.matrix(name).shape
+    d, rows = torch.randn(out, in_), torch.arange(out)
+    told = [sums.loss(name, d, rows, kind) for kind in ("fisher", "trace")]
+    assert told[1] == pytest.approx(told[0], rel=0.2)
+    assert sums.loss(name, 2 * d, rows, "trace") == pytest.approx(4 * told[1])
 
 
 def test_the_tied_embeddings_loss_is_near_the_measured_one(llama):

@@ -62,7 +62,8 @@ def allocate(problem: Problem, measure: Any = None, rescore: Any = None, *, mix:
     if mix and mix not in BASE:
         raise RecipeError(f"unknown mix {mix!r}. {near_names(mix, list(BASE))}")
     problem.check()
-    bits = 8 * problem.columns["bytes"] / problem.columns["weights"]
+    with np.errstate(invalid="ignore"):  # options that an item does not have
+        bits = 8 * problem.columns["bytes"] / problem.columns["weights"]
     for name in [mix] if mix else sorted(BASE, key=list(BASE).index, reverse=True):
         choice = _choice(problem, bits, name, gqa)
         if problem.fits(choice):

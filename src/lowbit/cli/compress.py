@@ -69,6 +69,16 @@ def run(
     latency: Annotated[
         str | None, typer.Option(metavar="TIME", help="Time to generate a token here, e.g. 20ms.", rich_help_panel=GOAL)
     ] = None,
+    allocate: Annotated[
+        str | None,
+        typer.Option(
+            help="Who chooses: greedy, integer_program, pareto, policy_gradient, preset, uniform (greedy).",
+            rich_help_panel=GOAL,
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        str | None, typer.Option(help="By what: fisher, or trace as HAWQ (fisher).", rich_help_panel=GOAL)
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Text: a file, a folder, Parquet, a dataset; a part as FILE[:50%].", rich_help_panel=DATA),
@@ -120,6 +130,8 @@ def run(
         "budget": parse_size(budget) if budget is not None else None,
         "max_loss": parse_fraction(max_loss) if max_loss is not None else None,
         "latency": parse_seconds(latency) if latency is not None else None,
+        "allocate": allocate,
+        "sensitivity": sensitivity,
     }
     typed: dict[str, Any] = {k: v for k, v in how.items() if v is not None}
     with CompressProgress(sh) as progress:

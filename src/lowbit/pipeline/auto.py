@@ -23,12 +23,13 @@ from lowbit.evaluate import perplexity
 from lowbit.formats import Format, QuantizedTensor, quantize
 from lowbit.pipeline.blocks import layer_matrix, linear_layers
 from lowbit.pipeline.checkpoint import FolderStore, MemoryStore
-from lowbit.pipeline.goals import Goals, choose, embedding_menu, menu
-from lowbit.pipeline.probe import FLOAT, Prober
+from lowbit.pipeline.goals import Goals, Search, choose, embedding_menu, menu
+from lowbit.pipeline.probe import FLOAT, Option, Prober
 from lowbit.pipeline.stream import Progress, Walk
 from lowbit.recipe import Recipe
 from lowbit.solvers import find
 from lowbit.sources import ModelSource
+from lowbit.statistics import GramAccumulator
 
 PROBE_WINDOWS, FIT_WINDOWS = 4, 8
 HELD_WINDOWS = 8
@@ -64,29 +65,27 @@ def compress_to(
     store: FolderStore,
     once: Once,
     say: Progress,
-    method: "str | None" = None,
-    group: "int | None" = None,
-    fixed_ends: bool = False,
+    search: Search,
 ) -> tuple[Path, dict[str, Any]]:
     """(folder of the artifact, what was chosen, expected and measured). See the module's text.
 
-    windows: from `split_windows`; once: compresses by a recipe; fixed_ends: embedding and head as the recipe says
+    windows: from `split_windows`; once: compresses by a recipe
     Raises BudgetError where a goal is out of reach.
     """
     walk = Walk(source, FLOAT, MemoryStore(), None, say)
     shapes = [tuple(layer_matrix(m).shape) for m in linear_layers(walk.blocks[0]).values()]
-    options = menu([w for _, w in shapes], method, group, fast=goals.latency is not None)
+    options = menu([w for _, w in shapes], search.method, search.group, fast=goals.latency is not None)
     embedding = walk.embedding()
     width = layer_matrix(walk.model.get_submodule(embedding)).shape[1] if embedding else 0
-    ends = embedding_menu(width, base if fixed_ends else None)
-    found = Prober(walk, *windows, options, ends, base.seed).run(store)
+    ends = embedding_menu(width, base if search.fixed_ends else None)
+    found = Prober(walk, *windows, options, ends, base.seed, search.sensitivity).run(store)
     found["plain_bytes"] = _plain_bytes(source, found)
     seconds, rest = _latencies(walk, found, store, say) if goals.latency else (None, 0.0)
     del walk
     scale = MEASURED_SHARE
     for attempt in range(1, TRIES + 1):
         aim = _with_margin(goals, MARGIN)
-        chosen = choose(found, aim, base, scale, seconds, rest)
+        chosen = choose(found, aim, base, scale, seconds, rest, search.allocate)
         say({"event": "chosen", "goals": goals.words(), "attempt": attempt, **chosen.as_dict()})
         folder = store.folder / f"try-{attempt}"
         manifest = _finished(folder, chosen.recipe) or once(chosen.recipe, folder, store.folder / f"work-{attempt}")
@@ -218,11 +217,15 @@ def _kernel_seconds(out: int, in_: int, label: str) -> float:
 
 def _stand_in(w: Tensor, label: str) -> QuantizedTensor:
     """Any weight in an option's format, with exceptions where the method makes them."""
-    method, _, text = label.rpartition(" ")
-    fmt = Format.parse(text).with_(**_quick(text))
-    if method == "icquant":
-        spec = find(method)
+    option = Option.of(label)
+    fmt = Format.parse(option.format).with_(**_quick(option.format))
+    spec = find(option.method)
+    if option.method == "icquant":
         return spec.solve(w, None, fmt, **spec.options).quantized()
+    if option.average is not None:
+        made = GramAccumulator(w.shape[1])
+        made.add(torch.randn(2 * w.shape[1], w.shape[1]))
+        return spec.solve(w, made.finish(), fmt, **spec.options | option.options).quantized()
     return quantize(w, fmt)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from lowbit import solvers
 from lowbit.allocate import Allocation, Problem, find, storage_bytes
-from lowbit.errors import BudgetError, RecipeError
+from lowbit.errors import BudgetError, RecipeError, near_names
 from lowbit.pipeline.probe import Option
 from lowbit.recipe import LayerRule, Recipe
 
@@ -29,6 +29,8 @@ PROBED = (2, 3, 4)
 GROUPS = (64, 128, 32)
 HEADER_BYTES = 110  # of a safetensors header, for each tensor
 EMBEDDINGS = (("int8", 1), ("uint6", 1), ("uint5", 1), ("uint4", 2), ("uint4", 1), ("uint3", 1))  # and finer groups
+ALLOCATORS = ("greedy", "integer_program", "pareto", "policy_gradient", "preset", "uniform")  # that need no measuring
+SENSITIVITIES = ("fisher", "trace")
 DEAREST_FIRST = 25  # points of the frontier that the report shows
 
 
@@ -78,6 +80,30 @@ class Goals:
 
 
 @dataclass(frozen=True)
+class Search:
+    """How a goal is looked for.
+
+    method, group: narrow the menu to these; fixed_ends: embedding and head as the recipe says
+    allocate: an allocator (greedy; an integer program for several goals); sensitivity: what its losses are, see `probe`
+    Raises RecipeError for names that are not known.
+    """
+
+    method: "str | None" = None
+    group: "int | None" = None
+    fixed_ends: bool = False
+    allocate: "str | None" = None
+    sensitivity: str = "fisher"
+
+    def __post_init__(self) -> None:
+        for flag, given, known in (
+            ("--allocate", self.allocate or ALLOCATORS[0], ALLOCATORS),
+            ("--sensitivity", self.sensitivity, SENSITIVITIES),
+        ):
+            if given not in known:
+                raise RecipeError(f"{flag} {given} is unknown. {near_names(given, known)}")
+
+
+@dataclass(frozen=True)
 class Chosen:
     """A point: its recipe, what is expected of it, and the frontier it was chosen from."""
 
@@ -110,6 +136,9 @@ def _options(
     name: str, bits: Sequence[int], widths: Sequence[int], group: "int | None", every_group: bool
 ) -> list[Option]:
     spec = solvers.find(name)
+    if spec.averages:
+        g = group or _groups(widths)[0]
+        return [Option(name, str(spec.default_format(spec.bits, g)), average=a) for a in spec.averages]
     if "{bits}" not in spec.format or spec.widths:
         raise RecipeError(f"{name} has one format only: leave out --method, or the goal.")
     groups = [group] if group else [spec.group] if spec.group == -1 else _groups(widths)
@@ -173,10 +202,12 @@ def choose(
     scale: float = 1.0,
     seconds: "Mapping[tuple[int, int, str], float] | None" = None,
     rest: float = 0.0,
+    allocator: "str | None" = None,
 ) -> Chosen:
     """The recipe that meets the goals at the least expected loss (at the fewest bytes, if a loss is the only goal).
 
     scale: measured over expected loss of an earlier try; rest: seconds a token takes outside of products
+    allocator: None for greedy, or an integer program where there are several limits
     Raises BudgetError saying the smallest that can be reached.
     """
     labels = list(dict.fromkeys(la for r in (*probe["layers"].values(), *probe["ends"].values()) for la in r["loss"]))
@@ -193,8 +224,9 @@ def choose(
         limits["loss"] = math.log1p(goals.max_loss) / scale
     problem = replace(problem, limits=limits, objective="bytes" if goals.max_loss is not None else "loss")
     _check_reachable(problem, goals, probe["plain_bytes"], inner, rest, scale)
-    several = len(limits) > 1
-    found = find("integer_program" if several else "greedy").run(problem, **({"gap": 1e-4} if several else {}))
+    found = _allocated(
+        problem, allocator or ("greedy" if len(limits) == 1 else "integer_program"), len(probe["layers"])
+    )
 
     def point(a: Allocation) -> dict[str, float]:
         total = a.totals["bytes"] + probe["plain_bytes"]
@@ -208,6 +240,14 @@ def choose(
         [point(a) for a in frontier(problem)],
         [{"format": name, **point(a)} for name, a in uniform(problem, len(probe["layers"]))],
     )
+
+
+def _allocated(problem: Problem, allocator: str, inner: int) -> Allocation:
+    """uniform: one option for the layers of all blocks, the ends free."""
+    if allocator == "uniform":
+        together = replace(problem, groups=(np.arange(len(problem.names)) >= inner).astype(np.int64))
+        return find("integer_program").run(together)
+    return find(allocator).run(problem, **({"gap": 1e-4} if allocator == "integer_program" else {}))
 
 
 def frontier(problem: Problem, points: int = DEAREST_FIRST) -> list[Allocation]:
@@ -239,17 +279,17 @@ def recipe_of(problem: Problem, found: Allocation, base: Recipe, inner: int) -> 
     shares: dict[str, float] = {}
     for n in names:
         shares[chosen[n]] = shares.get(chosen[n], 0.0) + weights[n]
-    method, fmt = max(shares, key=lambda label: shares[label]).split(" ")
-    rules = tuple(_rule(n, chosen[n], method) for n in names if chosen[n] != f"{method} {fmt}")
+    most = Option.of(max(shares, key=lambda label: shares[label]))
+    rules = tuple(_rule(n, Option.of(chosen[n]), most.method) for n in names if chosen[n] != most.label)
     embeddings: Any = chosen[ends[0]] if ends else base.embeddings
-    options = base.options if base.method == method else {}
-    changes = {"method": method, "format": fmt, "layers": rules, "embeddings": embeddings, "options": options}
-    return Recipe(**(base.as_dict() | changes))
+    options = (base.options if base.method == most.method else {}) | most.options
+    changes = {"method": most.method, "format": most.format, "layers": rules}
+    return Recipe(**(base.as_dict() | changes | {"embeddings": embeddings, "options": options}))
 
 
-def _rule(name: str, label: str, method: str) -> LayerRule:
-    own, _, fmt = label.partition(" ")
-    return LayerRule(match=name, format=fmt, method="" if own == method else own)
+def _rule(name: str, option: Option, method: str) -> LayerRule:
+    own = "" if option.method == method else option.method
+    return LayerRule(match=name, format=option.format, method=own, options=option.options)
 
 
 def _check_reachable(problem: Problem, goals: Goals, plain: int, inner: int, rest: float, scale: float) -> None:

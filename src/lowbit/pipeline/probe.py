@@ -11,6 +11,9 @@ looks better than it is on the windows it has seen. Output errors of different r
 uncorrelated, and g_tj^2 as a product of a token's and a row's share (derived). The output head's KL is measured
 outright.
 
+    trace      Tr(H_s)/(out*in) |dW|^2 / (2T): the same Fisher matrix, averaged over all directions, as HAWQ-V2 has it
+               (Dong 2019, arXiv:1911.03852; labels drawn from the model stand for Hutchinson's estimate)
+
 One block's weights are in memory at a time, beside what stands outside the blocks and the hidden states at all block
 borders (at most 4 * tokens * width * blocks bytes). Cost: about three passes over the windows, and the solvers on the
 samples.
@@ -45,16 +48,35 @@ FLOAT = Recipe(method="rtn", format="float", embeddings=16)  # the walk's recipe
 
 @dataclass(frozen=True)
 class Option:
-    """What a layer may become: a solver and a format. like: its loss is that option's times `factor`, not probed."""
+    """What a layer may become: a solver and a format. like: its loss is that option's times `factor`, not probed.
+
+    average: bits of its codes, for methods that mix widths within a layer
+
+    >>> Option.of("scalebits:2.25 uint4-g64").average
+    2.25
+    """
 
     method: str
     format: str
     like: str = ""
     factor: float = 1.0
+    average: "float | None" = None
 
     @property
     def label(self) -> str:
-        return f"{self.method} {self.format}"
+        return f"{self.method}{'' if self.average is None else f':{self.average:g}'} {self.format}"
+
+    @classmethod
+    def of(cls, label: str) -> "Option":
+        """The option of a label; what it is `like` is not in there."""
+        how, _, fmt = label.rpartition(" ")
+        method, _, average = how.partition(":")
+        return cls(method, fmt, average=float(average) if average else None)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it changes of the method's options."""
+        return {} if self.average is None else {"average": self.average}
 
 
 class Prober:
@@ -63,6 +85,7 @@ class Prober:
     windows: (n, context) token ids the losses are taken on; fit: those the solvers see, others if possible;
     held: ids for the float model's own loss
     options: tried on layers; embeddings: format strings tried on the embedding and the head
+    sensitivity: "fisher", or "trace" for layers (see the module's text)
     """
 
     def __init__(
@@ -74,9 +97,10 @@ class Prober:
         options: Sequence[Option],
         embeddings: Sequence[str],
         seed: int = 0,
+        sensitivity: str = "fisher",
     ) -> None:
         self.walk, self.windows, self.fit, self.held = walk, windows, fit, held
-        self.options, self.embeddings = options, embeddings
+        self.options, self.embeddings, self.sensitivity = options, embeddings, sensitivity
         self.generator = torch.Generator().manual_seed(seed)
         self.tuples = False
 
@@ -212,21 +236,16 @@ class Prober:
         found: dict[str, Any] = {n: {"shape": list(sums.matrix(n).shape), "loss": {}, "bytes": {}} for n in sums.names}
         for group, statistics in sums.groups():
             rows = {n: _spread(len(sums.matrix(n)), ROWS) for n in group}
-            w = torch.cat([sums.matrix(n)[rows[n]] for n in group]).contiguous()
+            w = {n: sums.matrix(n)[rows[n]] for n in group}
             for option in self.options:
-                if option.like:
-                    continue
                 try:
-                    solution = _tried(w, statistics, option)
+                    solutions = {} if option.like else _tried(w, statistics, option)
                 except ShapeError:
                     continue
-                counts, start = [len(rows[n]) for n in group], 0
-                for n, d in zip(group, (solution.w_hat() - w).split(counts)):
-                    found[n]["loss"][option.label] = sums.loss(n, d, rows[n])
-                    if solution.exceptions:
-                        part = solution.rows(start, start + len(d))
+                for n, part in solutions.items():
+                    found[n]["loss"][option.label] = sums.loss(n, part.w_hat() - w[n], rows[n], self.sensitivity)
+                    if part.exceptions or option.average is not None:
                         found[n]["bytes"][option.label] = _scaled_bytes(part, found[n]["shape"][0])
-                    start += len(d)
         for row in found.values():
             for o in self.options:
                 if o.like and o.like in row["loss"]:
@@ -335,8 +354,11 @@ class _Sums:
         leaders = dict.fromkeys(self.leader[n] for n in self.names)
         return [([n for n in self.names if self.leader[n] == first], self.grams[first].finish()) for first in leaders]
 
-    def loss(self, name: str, d: Tensor, rows: Tensor) -> float:
+    def loss(self, name: str, d: Tensor, rows: Tensor, sensitivity: str = "fisher") -> float:
         """Predicted KL in nats a token when the rows' errors are d (rows, in) and the other rows' are alike."""
+        if sensitivity == "trace":
+            each_weight = float(d.square().mean(dtype=torch.float64))
+            return float(self.weighted[name].trace()) * each_weight / (2 * self.tokens)
         f = self.rows[name].double()
         each = ((d @ self.weighted[name]) * d).sum(1, dtype=torch.float64)
         sampled, total = float(f[rows].sum()), float(f.sum())
@@ -345,9 +367,17 @@ class _Sums:
         return float((f[rows] * each).sum()) / sampled / (2 * self.tokens) if total > 0 else 0.0
 
 
-def _tried(w: Tensor, statistics: LayerStatistics, option: Option) -> Solution:
-    spec = find(option.method)
-    return spec.solve(w, statistics, Format.parse(option.format), **spec.options)
+def _tried(w: dict[str, Tensor], statistics: LayerStatistics, option: Option) -> dict[str, Solution]:
+    """Rows of layers that share their input, solved stacked where the method can."""
+    spec, fmt = find(option.method), Format.parse(option.format)
+    options = spec.options | option.options
+    if spec.alone:
+        return {n: spec.solve(part, statistics, fmt, **options) for n, part in w.items()}
+    whole, start, found = spec.solve(torch.cat(list(w.values())), statistics, fmt, **options), 0, {}
+    for n, part in w.items():
+        found[n] = whole.rows(start, start + len(part))
+        start += len(part)
+    return found
 
 
 def _wider(o: Option, shape: list[int]) -> int:

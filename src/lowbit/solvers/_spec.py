@@ -90,6 +90,7 @@ class Spec:
     widths:  the only bits the method has; empty for all
     options: the keyword defaults that `--set` and recipes may change
     alone: each layer is solved by itself, never stacked with those that share its input
+    averages: of its option `average`, those that a goal chooses from; empty for methods whose codes have one width
     reorders: a block's hidden channels are reordered, sensitive ones first, before its layers are solved
     """
 
@@ -108,6 +109,7 @@ class Spec:
     uses_gram: bool = False
     widths: tuple[int, ...] = ()
     alone: bool = False
+    averages: tuple[float, ...] = ()
     reorders: bool = False
 
     def default_format(self, bits: int, group: int) -> Format:

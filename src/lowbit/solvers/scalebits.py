@@ -240,5 +240,6 @@ SPEC = Spec(
     options={"average": 2.5, "damping": 0.1, "drift": True, "feedback": True, "rounds": 12, "sweeps": 2},
     widths=(4,),
     alone=True,
+    averages=(2.0, 2.25, 2.5, 3.0, 3.5),
     reorders=True,
 )
