@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit.errors import KernelError
@@ -215,3 +216,16 @@ def test_kernels_of_another_version_say_what_to_type(monkeypatch: pytest.MonkeyP
         monkeypatch.undo()
         kernels._extension.cache_clear()
         kernels._extension()
+
+
+@pytest.mark.parametrize("activations", ["int8", "float"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")  # torch's own rules for jvp
+def test_forward_mode_is_refused_where_it_would_be_zero(activations: str) -> None:
+    packed = layer("uint4-g32", activations)
+    x = torch.randn(2, 96)
+    with pytest.raises(KernelError, match=r"vjp"):
+        torch.func.jvp(packed, (x,), (x,))
+    with forward_ad.dual_level():
+        with pytest.raises(KernelError, match=r"vjp"):
+            packed(forward_ad.make_dual(x, x))
+        assert torch.equal(packed(x), packed(x.clone()))  # no dual tensor: as ever

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lowbit.runtime import kernels
 from lowbit.runtime.sparse import Sparse
@@ -33,6 +34,7 @@ def is_plain(x: Tensor) -> bool:
         and not (x.requires_grad and torch.is_grad_enabled())
         and not _modes()
         and not _functorch()
+        and forward_ad._current_level < 0
         and not _traced()
     )
 

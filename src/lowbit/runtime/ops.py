@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lowbit.errors import KernelError, ShapeError
 from lowbit.runtime import kernels
@@ -213,10 +214,16 @@ def _int8_row(row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_floats(x: Tensor) -> None:
-    """Raises ShapeError: whole numbers would come out rounded, and numpy arrays not at all."""
+    """Raises ShapeError: whole numbers would come out rounded, and numpy arrays not at all. Raises KernelError for a
+    dual tensor, whose tangent would be lost."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
         raise ShapeError(f"a packed layer takes a tensor of floats, not {kind}: give x.float().")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise KernelError(
+            "a packed layer has no forward-mode derivative (jvp, jacfwd): use reverse mode, for example torch.func.vjp"
+            " or jacrev."
+        )
 
 
 def _flat(x: Tensor) -> Tensor:
