@@ -200,6 +200,12 @@ struct Inputs {  // what one tile reads of its tokens; rows are ld and lds apart
 // Sums are then four times too large: so are `start`s, and the scales are a fourth. 12*2*127*4 steps fit in int16.
 constexpr bool left_up(PackedKind k, int64_t tokens) { return k == PackedKind::k2 && tokens <= 2; }
 
+// The blocks of a unit are visited one after the other, the processor fetches ahead what is read in memory's order.
+constexpr int64_t kAhead = 2048;
+LOWBIT_INLINE void ask_for(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+}
+
 // MR tokens times blocks [b, b+NB) of one panel, codes expanded in registers.
 template <PackedKind K, Form F, int L, int MR, int NB>
 LOWBIT_FN void few(const Packed& p, const Inputs& in, int64_t b, const float* bias, float* y) {
@@ -213,6 +219,7 @@ LOWBIT_FN void few(const Packed& p, const Inputs& in, int64_t b, const float* bi
     for (int j = 0; j < MR; ++j) part[i / 2][i % 2][j] = acc[i / 2][i % 2][j] = _mm256_setzero_ps();
   const uint8_t* codes = p.panel(b);
   const int8_t* q = in.q;
+  const int64_t ahead = p.vectors * stride / (2 * NB);  // bytes
   int64_t in_group = 0, g = 0;
   for (int64_t s = 0; s < p.seg.padded; s += 2, q += 2 * L) {
     const uint8_t* scales = codes + p.vectors * stride;
@@ -224,6 +231,7 @@ LOWBIT_FN void few(const Packed& p, const Inputs& in, int64_t b, const float* bi
     for (int i = 0; i < NB; ++i)
       for (int h = 0; h < 2; ++h) {
         const uint8_t *from = codes + (side + i) * 64 + 32 * h, *sc = scales + (side + i) * p.group_bytes();
+        if (NB > 1) ask_for(codes + kAhead + (2 * i + h) * ahead, ahead);
         V dot[2][MR], up[2][MR];
         LOWBIT_UNROLL8 for (int t = 0; t < L / 4 / S; ++t, from += kVectors * stride) {
           V u[2][4];
