@@ -109,6 +109,16 @@ def test_what_is_no_network(call, tmp_path: Path) -> None:
         lowbit.save("x", tmp_path / "out")
 
 
+def test_a_name_to_skip_that_matches_nothing() -> None:
+    """Its layer would be quantized without a word."""
+    for skip in (["33"], ["0", "x*"], "head"):
+        with pytest.raises(RecipeError, match="matches no layer. There are e.g. .*2"):
+            lowbit.prepare(mlp(), "ternary", keep_ends=False, skip=skip)
+    block = nn.Sequential(nn.ModuleDict({"q_proj": nn.Linear(8, 8), "k_proj": nn.Linear(8, 8)}))
+    with pytest.raises(RecipeError, match=r"skip='\*q_prj\*' matches no layer. There are e.g. 0.q_proj"):
+        lowbit.prepare(block, "ternary", skip=["*q_prj*"])
+
+
 def test_networks_that_hold_nothing_to_do() -> None:
     with pytest.raises(ModelError, match=r"no nn.Linear and no nn.Conv2d"):
         lowbit.compress(nn.ReLU(), "rtn", bits=4)

@@ -154,7 +154,7 @@ def compress_model(
         raise RecipeError(f"{plan.method} needs calibration text: add --data FILE, or use --method rtn or hqq.")
     source = open_model(model)
     words = _tokenizer(source, tokenizer)
-    ids, notes, text = None, [source.unused_note()], ""
+    ids, notes, text = None, [source.unused_note(), source.rounded_note()], ""
     if plan.data:
         text = read_text(plan.data)
         found = token_windows(text, words, plan.windows, plan.context, plan.seed, shorten=context is None)

@@ -168,6 +168,8 @@ class Recipe(BaseModel):
         """
         fields = base.as_dict() if isinstance(base, Recipe) else read_yaml(base) if base else {}
         given = {k: v for k, v in flags.items() if v is not None}
+        if given.get("format") == "":
+            raise RecipeError("the format is empty: give one, e.g. --format uint4-g64, or leave it out.")
         if "options" in given:
             if not isinstance(given["options"], dict):
                 raise RecipeError(f"options should be a dict such as {{'damping': 0.05}}, not {given['options']!r}.")

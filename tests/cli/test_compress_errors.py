@@ -49,6 +49,22 @@ def test_a_method_that_needs_data_and_gets_none(model: Path, out: Path) -> None:
     assert not left_behind(out)
 
 
+def test_an_empty_format(model: Path, out: Path) -> None:
+    assert "the format is empty: give one, e.g. --format uint4-g64" in refused(
+        "compress", model, "-o", out, "--format", ""
+    )
+
+
+def test_float64_is_said(tmp_path: Path) -> None:
+    """Digits that are not read, in a line of the plan."""
+    net = tiny.model("llama").double()
+    net.save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    how = ("--method", "rtn", "--bits", 4, "--group", 16)
+    said = run("compress", tmp_path / "model", "-o", tmp_path / "out", *how)
+    assert "tensors are float64 and are read as float32" in said.stdout + said.stderr
+
+
 def test_missing_model(out: Path, text: Path) -> None:
     assert "no such file or folder" in refused("compress", "./nowhere.gguf", "-o", out, *SMALL, "--data", text)
     assert not left_behind(out)

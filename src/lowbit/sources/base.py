@@ -151,6 +151,11 @@ class ModelSource:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         return f"the file holds {names[0]}{more}, which the model does not use: left out" if names else ""
 
+    def rounded_note(self) -> str:
+        """A line about weights that are read with fewer digits than the file has; empty where there are none."""
+        n = sum(self.dtype(name) == torch.float64 for name in self._entries)
+        return f"{n} of {len(self)} tensors are float64 and are read as float32" if n else ""
+
     def new_skeleton(self, auto: Any = None, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The architecture in eval mode without weight memory; `fill(model, source)` brings the weights."""
         return skeleton.new_skeleton(self.config, auto, dtype)

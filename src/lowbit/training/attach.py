@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from math import prod
 from typing import Any
 
@@ -40,9 +42,9 @@ def prepare(
     steps:     optimizer steps of the whole training; then `lowbit.step(net)` knows where schedules stand
 
     Give the optimizer `net.parameters()` after preparing: methods add parameters of their own.
-    Raises RecipeError if nothing is left to quantize, the net is prepared already, or a chosen weight is tied to
-    another; ShapeError (naming the layer) where groups do not divide. Warns where a chosen weight is frozen, and where
-    layers that no method knows hold weights.
+    Raises RecipeError if nothing is left to quantize, an entry of `skip` matches nothing, the net is prepared already,
+    or a chosen weight is tied to another; ShapeError (naming the layer) where groups do not divide. Warns where a
+    chosen weight is frozen, and where layers that no method knows hold weights.
     """
     if estimator is not None:
         options["estimator"] = estimator
@@ -54,6 +56,7 @@ def prepare(
         raise RecipeError(
             "this network is prepared already: train it, or lowbit.pack it. Prepare a copy to try another format."
         )
+    _check_skip(net, choices.skip)
     chosen = list(_chosen(net, choices))
     if not chosen:
         raise RecipeError(
@@ -109,6 +112,15 @@ def _chosen(net: nn.Module, choices: Choices) -> Iterator[tuple[str, Any, Rule]]
     for name, module, kind in layers:
         if kind in KINDS and name not in ends and (rule := choices.rule_for(name, name in marked)) is not None:
             yield name, module, rule
+
+
+def _check_skip(net: nn.Module, patterns: tuple[str, ...]) -> None:
+    """A pattern that matches nothing is a slip of the pen, and its layer would be quantized."""
+    names = [name for name, module in net.named_modules() if name and any(True for _ in module.parameters())]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            close = get_close_matches(pattern.strip("*"), names, n=3) or names[-3:]
+            raise RecipeError(f"skip={pattern!r} matches no layer. There are e.g. {', '.join(close)}.")
 
 
 def _inside_attention(net: nn.Module) -> set[str]:
