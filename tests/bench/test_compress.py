@@ -20,7 +20,7 @@ def row(name, bytes_, ppl, **more):
 
 def test_every_row_is_a_recipe():
     for name, recipe in rows().items():
-        assert Recipe(**recipe), name
+        assert "goal" in recipe or Recipe(**recipe), name
 
 
 def test_the_frontier_is_what_nothing_beats():
@@ -47,11 +47,13 @@ def test_a_table_end_to_end(tmp_path, capsys, monkeypatch):
     tiny.tokenizer().save_pretrained(tmp_path / "model")
     text = words(tmp_path / "words.txt", 4000)
     made = {"rtn-4": {"method": "rtn", "bits": 4, "group": 16}, "bad": {"method": "rtn", "bits": 4, "group": 7}}
+    made["goal"] = {"goal": {"bits": 4.2, "allocate": "uniform", "windows": 4, "context": 16}}
     monkeypatch.setattr("lowbit.bench.compress.rows", lambda: made)
     arguments = [str(tmp_path / "model"), "--data", str(text), "--out", str(tmp_path / "t"), "--windows", "1"]
     assert main(arguments) == 0
     found = {r["name"]: r for r in read(tmp_path / "t" / "rows.jsonl")}
     assert found["rtn-4"]["ppl"] > 0 and found["rtn-4"]["error"] is None and "group=7" in found["bad"]["error"]
+    assert found["rtn-4"]["decode_tokens_per_second"] > 0 and found["goal"]["bits"] <= 4.2
     before = (tmp_path / "t" / "rows.jsonl").read_text()
     assert main(arguments) == 0
     again = (tmp_path / "t" / "rows.jsonl").read_text().removeprefix(before)

@@ -5,7 +5,8 @@
 
 The first half of the text calibrates, the second half measures (--windows of 512 tokens); --text adds another text.
 Finished rows are kept in table/rows.jsonl: type the same command again to go on. A row that fails is kept with its
-error. Bits are counted over the blocks' layers; bytes are those of the tensors in the file.
+error. Bits are counted over the blocks' layers; bytes are those of the tensors in the file. Decode speed is that of
+one thread after a prompt of 64 tokens, with int8 inputs, the best of the turns of `lowbit bench decode`.
 """
 
 import argparse
@@ -87,20 +88,33 @@ def measured(args: argparse.Namespace, recipe: Row) -> dict[str, Any]:
     work = args.out / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
+    goal = recipe.get("goal", {})
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     half = f"{args.data}[:50%]"
     try:
-        made = _lowbit("compress", args.model, "-o", work / "out", "--recipe", work / "recipe.yaml", "--data", half)
+        how = [w for k, v in goal.items() for w in (f"--{k.replace('_', '-')}", v)]
+        how = how or ["--recipe", work / "recipe.yaml"]
+        made = _lowbit("compress", args.model, "-o", work / "out", *how, "--data", half)
         found = {k: made[k] for k in ("bytes", "seconds", "peak_memory_bytes")}
         found |= {"bits": made["bits_per_weight"] or 32.0, "bits_file": made["bits_per_weight_file"], "error": None}
         for key, text in (("ppl", f"{args.data}[50%:]"), *([("ppl_extra", args.text)] if args.text else [])):
             result = _lowbit("eval", work / "out", "--text", text, "--windows", args.windows)
             found |= {key: result["perplexity"], f"{key}_tokens_per_second": result["tokens_per_second"]}
-        return found
+        return found | {"decode_tokens_per_second": _decode_speed(work / "out")}
     except subprocess.CalledProcessError as e:
         return {"error": (e.stderr or e.stdout).strip().splitlines()[-1][:300]}
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _decode_speed(folder: Path) -> "float | None":
+    """Tokens a second; None for what `bench decode` does not run (a model in float)."""
+    words = ("--threads", 1, "--prompt-tokens", 64, "--max-tokens", 32, "--activations", "int8")
+    try:
+        rows = _lowbit("bench", "decode", "--model", folder, *words)["rows"]
+    except subprocess.CalledProcessError:
+        return None
+    return max(r["decode_tokens_per_second"] for r in rows)
 
 
 def _lowbit(*words: object) -> dict[str, Any]:
@@ -111,16 +125,18 @@ def _lowbit(*words: object) -> dict[str, Any]:
 
 # -- what is shown
 
-HEADER = "| row | bits | file, bits | MB | perplexity | other text | s | peak GB |\n|---|---|---|---|---|---|---|---|"
+NAMES = ("row", "bits", "file, bits", "MB", "perplexity", "other text", "s", "peak GB", "tokens/s")
+HEADER = f"| {' | '.join(NAMES)} |\n{'|---' * len(NAMES)}|"
 
 
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     if row.get("error"):
-        return f"| {row['name']} | failed: {row['error']} | | | | | | |"
+        return f"| {row['name']} | failed: {row['error']} |{' |' * (len(NAMES) - 2)}"
     other, seconds, peak = row.get("ppl_extra"), row.get("seconds"), row.get("peak_memory_bytes")
     cells = [f"{row['bits']:.3f}", f"{row['bits_file']:.3f}", f"{row['bytes'] / 1e6:.1f}", number(row["ppl"])]
     cells += [number(other), f"{seconds:.0f}" if seconds else "", f"{peak / 1e9:.2f}" if peak else ""]
+    cells.append(f"{row['decode_tokens_per_second']:.0f}" if row.get("decode_tokens_per_second") else "")
     return f"| {row['name']} | " + " | ".join(cells) + " |"
 
 

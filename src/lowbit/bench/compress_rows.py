@@ -1,4 +1,7 @@
-"""The rows of the compression table: name -> recipe. One method and width a row, with the method's usual options."""
+"""The rows of the compression table: name -> recipe. One method and width a row, with the method's usual options.
+
+A row with a "goal" is what is typed on the command line, not a recipe: formats are chosen on the way.
+"""
 
 from typing import Any
 
@@ -31,4 +34,10 @@ def rows() -> dict[str, Row]:
         found[f"spqr-2-{gram}"] = {"method": "spqr", "bits": 2, "options": {"tau": 2.0}, "gram": gram}
         found[f"billm-{gram}"] = {"method": "billm", "format": "kmeans2-g192", "gram": gram}
     found |= {f"learned-{b}": {"method": "learned", "bits": b} for b in (4, 3, 2)}
+    found["scalebits-layers-alike"] = {"method": "scalebits", "options": {"average": 2.21}}
+    goal = {"method": "gptq", "bits": 2.5}
+    found |= {f"{a}-2.5": {"goal": goal | {"allocate": a}} for a in ("greedy", "integer_program")}
+    found["preset-2.7"] = {"goal": goal | {"bits": 2.7, "allocate": "preset"}}
+    found["hawq-2.5"] = {"goal": goal | {"allocate": "integer_program", "sensitivity": "trace"}}
+    found["scalebits-2.5"] = {"goal": {"method": "scalebits", "bits": 2.5}}
     return found
