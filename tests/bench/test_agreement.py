@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowbit.bench import stacked
+from lowbit.bench import stacked, stacked_levels
 from lowbit.training.choices import read_weights
 
 OUT, IN = 6, 40
@@ -79,7 +79,7 @@ def test_bnn_plus_has_the_same_penalty() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_lsq_with_the_gradient_of_its_scale(bits: int) -> None:
-    w, method = weights(), stacked.Lsq(bits)
+    w, method = weights(), stacked_levels.Lsq(bits)
     latents = method.latents(w[None])
     latents["scale"] = latents["scale"].half().float()
     (function,) = library({"method": "lsq", "format": f"int{bits}-tensor"}, w)
@@ -92,7 +92,7 @@ def test_lsq_with_the_gradient_of_its_scale(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_deepshift_with_the_same_top(bits: int) -> None:
-    w, method = weights(), stacked.DeepShiftQ(bits)
+    w, method = weights(), stacked_levels.DeepShiftQ(bits)
     (function,) = library({"method": "deepshift_q", "bits": bits, "top": -2}, w)
     latents = method.latents(w[None]) | {"fixed_scale": torch.full((1, 1, 1), 2.0**function.low)}
     (a, ours), (b, theirs) = both(method, latents, [function], w)
@@ -108,7 +108,7 @@ def test_deepshift_with_the_same_top(bits: int) -> None:
     "name, bits", [("s3", 2), ("s3", 3), ("s3", 4), ("denseshift", 2), ("denseshift", 3), ("denseshift", 4)]
 )
 def test_sign_planes(name: str, bits: int) -> None:
-    method = stacked.S3(bits) if name == "s3" else stacked.DenseShift(bits)
+    method = stacked_levels.S3(bits) if name == "s3" else stacked_levels.DenseShift(bits)
     (function,) = library({"method": name, "bits": bits}, weights())
     function.scale.fill_(1.0)
     latents = method.latents(weights()[None])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowbit.bench import stacked
+from lowbit.bench import stacked, stacked_levels
 from lowbit.bench.packing import float_network, packed_network
 from lowbit.bench.pool import Job, Setting, read_rows, run_pool
 from lowbit.bench.rows import PROTOCOLS, ROWS
@@ -117,11 +117,11 @@ def test_mean_square_of_fresh_sign_planes() -> None:
     torch.manual_seed(0)
     w = torch.zeros(4, 500, 500)
     for method, expected in (
-        (stacked.DenseShift(2), 2.5),
-        (stacked.DenseShift(3), 11.5),
-        (stacked.DenseShift(4), 191.5),
-        (stacked.S3(3), 2.75),
-        (stacked.S3(2), 0.5),
+        (stacked_levels.DenseShift(2), 2.5),
+        (stacked_levels.DenseShift(3), 11.5),
+        (stacked_levels.DenseShift(4), 191.5),
+        (stacked_levels.S3(3), 2.75),
+        (stacked_levels.S3(2), 0.5),
     ):
         levels, _ = method.hard(method.latents(w))
         assert float(levels.square().mean()) == pytest.approx(expected, rel=0.02)
@@ -139,7 +139,7 @@ def test_denseshift_passes_the_surrogates_gradient() -> None:
     p |= {"t3": torch.tensor([[[-1.0]]])}
     for v in p.values():
         v.requires_grad_(True)
-    stacked.DenseShift(3).weight(p, ()).sum().backward()
+    stacked_levels.DenseShift(3).weight(p, ()).sum().backward()
     assert p["sign"].grad.item() == 1.0  # S = 0
     assert p["t1"].grad.item() == p["t2"].grad.item() == 0.0
     assert p["t3"].grad.item() == pytest.approx(3 / 2)  # (S_2 + 1) * 1 / (2 sqrt(1))
@@ -156,7 +156,7 @@ def test_parq_is_the_float_weight_at_first_and_the_levels_at_last() -> None:
         torch.testing.assert_close(end, hard * scale)
 
 
-@pytest.mark.parametrize("method", [stacked.LsqShift(3), stacked.ParqShift(3)])
+@pytest.mark.parametrize("method", [stacked_levels.LsqShift(3), stacked_levels.ParqShift(3)])
 def test_shift_levels_are_the_nearest_powers(method: stacked.Method) -> None:
     w = torch.randn(2, 5, 400)
     p = method.latents(w)
@@ -168,17 +168,19 @@ def test_shift_levels_are_the_nearest_powers(method: stacked.Method) -> None:
 
 def test_the_step_of_a_shift_is_the_best_for_normal_weights() -> None:
     w = torch.randn(1, 1, 100_000)
-    for bits, step in stacked.SHIFT_STEP.items():
+    for bits, step in stacked_levels.SHIFT_STEP.items():
 
         def error(c: float, bits: int = bits) -> float:
-            levels, scale = stacked.LsqShift(bits).hard({"w": w, "scale": c * w.abs().mean((-2, -1), keepdim=True)})
+            levels, scale = stacked_levels.LsqShift(bits).hard(
+                {"w": w, "scale": c * w.abs().mean((-2, -1), keepdim=True)}
+            )
             return float((levels * scale - w).square().mean())
 
         assert error(step) < min(error(0.85 * step), error(1.15 * step))
 
 
 def test_proximal_shifts_go_from_the_weight_to_its_level() -> None:
-    method, w = stacked.ParqShift(3), torch.randn(1, 3, 500)
+    method, w = stacked_levels.ParqShift(3), torch.randn(1, 3, 500)
     levels, scale = method.hard({"w": w})
     inside = (w / scale).abs() < 8
 
