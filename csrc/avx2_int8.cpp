@@ -153,8 +153,8 @@ void linear_int8_avx2(const Packed& p, const Operand& o, int64_t m0, int64_t m1,
     const Inputs in = inputs(0);
     const Few& few = few_of(p);
     for (int64_t b = b0; b < b1;) {
-      const bool panel = tokens == 1 && b % Packed::kPanel == 0 && b + Packed::kPanel <= b1;
-      (panel ? few.panel : few.of[tokens])(p, in, b, bias, y);
+      const bool panel = b % Packed::kPanel == 0 && b + Packed::kPanel <= b1;
+      (panel ? few.panel : few.of)[tokens](p, in, b, bias, y);
       b += panel ? Packed::kPanel : 1;
     }
     return;

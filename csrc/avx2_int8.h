@@ -203,10 +203,10 @@ constexpr bool left_up(PackedKind k, int64_t tokens) { return k == PackedKind::k
 
 constexpr int64_t kMostTokens = 4;  // at a time: their sums stay in registers
 
-// Tokens times one block, and one token times the four blocks of a panel.
+// Tokens times one block, and times the four blocks of a panel.
 using FewFn = void (*)(const Packed&, const Inputs&, int64_t b, const float* bias, float* y);
 struct Few {
-  FewFn of[kMostTokens + 1], panel;
+  FewFn of[kMostTokens + 1], panel[kMostTokens + 1];
 };
 const Few& few_of(const Packed&);
 

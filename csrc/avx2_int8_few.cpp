@@ -79,7 +79,7 @@ LOWBIT_FN void few(const Packed& p, const Inputs& in, int64_t b, const float* bi
 template <PackedKind K, Form F, int L>
 constexpr Few few_for() {
   return {{nullptr, few<K, F, L, 1, 1>, few<K, F, L, 2, 1>, few<K, F, L, 3, 1>, few<K, F, L, 4, 1>},
-          few<K, F, L, 1, 4>};
+          {nullptr, few<K, F, L, 1, 4>, few<K, F, L, 2, 4>, few<K, F, L, 3, 4>, few<K, F, L, 4, 4>}};
 }
 template <PackedKind K, Form F>
 constexpr Few kFew[2] = {few_for<K, F, 32>(), few_for<K, F, 16>()};

@@ -106,6 +106,11 @@ LOWBIT_INLINE void expand(const uint8_t* p, int64_t stride, V lut, V a[4], V b[4
   }
 }
 
+constexpr int64_t kAhead = 2048;
+LOWBIT_INLINE void ask_for(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+}
+
 LOWBIT_INLINE __m512 meta(const uint8_t* p, bool wide, int i) {  // i = 0: scales, 1: zeros
   if (wide) return _mm512_loadu_ps(p + 64 * i);
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32 * i)));
@@ -127,56 +132,106 @@ LOWBIT_INLINE void finish(const Packed& p, __m512 acc, int64_t block, const floa
   _mm512_mask_storeu_ps(y + n0, mask, acc);
 }
 
-// Tokens [m, m+MR) times blocks [b, b+NB) of one panel, codes expanded in registers.
-template <PackedKind K, int L, int MR, int NB>
-LOWBIT_FN void few(const Packed& p, const Operand& o, int64_t m, int64_t b, const float* bias, float* y) {
+// Token m times blocks [b, b+NB) of one panel, codes expanded in registers.
+template <PackedKind K, int L, int NB>
+LOWBIT_FN void one(const Packed& p, const Operand& o, int64_t m, int64_t b, const float* bias, float* y) {
   constexpr int S = turn_steps(K), kVectors = turn_vectors(K);
-  const int64_t ld = p.seg.row_size(), lds = p.seg.padded;
-  const int8_t* q = o.t.q + m * ld;
+  const int64_t lds = p.seg.padded;
+  const int8_t* q = o.t.q + m * p.seg.row_size();
   const float* scale = o.scale + m * lds;
   const int32_t* start = o.start + m * lds;
   const int64_t stride = p.stride(b), side = b % Packed::kPanel, of_group = p.group_bytes();
   const int64_t of_panel = p.scales_bytes(p.width(b));
   const uint8_t* at = p.panel(b);
-  __m512 part[NB][MR], acc[NB][MR];
-  for (int i = 0; i < NB; ++i)
-    for (int j = 0; j < MR; ++j) part[i][j] = acc[i][j] = _mm512_setzero_ps();
+  __m512 part[NB], acc[NB];
+  for (int i = 0; i < NB; ++i) part[i] = acc[i] = _mm512_setzero_ps();
   const V lut = table_of(p.h);
   int64_t in_group = 0, g = 0;
   for (int64_t s = 0; s < p.seg.padded; s += 2) {
-    V dot[2][NB][MR];
+    V dot[2][NB];
     for (int i = 0; i < NB; ++i)
-      for (int j = 0; j < MR; ++j)
-        for (int ab = 0; ab < 2; ++ab) dot[ab][i][j] = _mm512_set1_epi32(start[j * lds + s + ab]);
+      for (int ab = 0; ab < 2; ++ab) dot[ab][i] = _mm512_set1_epi32(start[s + ab]);
     for (int t = 0; t < L / 4 / S; ++t, at += kVectors * stride) {
       for (int i = 0; i < NB; ++i) {
         V u[2][4];
         expand<K>(at + (side + i) * 64, stride, lut, u[0], u[1]);
         for (int ab = 0; ab < 2; ++ab)
           for (int k = 0; k < S; ++k)
-            for (int j = 0; j < MR; ++j)
-              dot[ab][i][j] =
-                  _mm512_dpbusd_epi32(dot[ab][i][j], u[ab][k], four(q + j * ld + ab * L + (t * S + k) * 4));
+            dot[ab][i] = _mm512_dpbusd_epi32(dot[ab][i], u[ab][k], four(q + ab * L + (t * S + k) * 4));
       }
     }
     q += 2 * L;
     for (int ab = 0; ab < 2; ++ab) {
       for (int i = 0; i < NB; ++i)
-        for (int j = 0; j < MR; ++j)
-          part[i][j] =
-              _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[ab][i][j]), _mm512_set1_ps(scale[j * lds + s + ab]), part[i][j]);
+        part[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[ab][i]), _mm512_set1_ps(scale[s + ab]), part[i]);
       if (++in_group == p.seg.per_group && g < p.h.groups) {  // the last B may be nobody's
-        for (int i = 0; i < NB; ++i)
-          for (int j = 0; j < MR; ++j) {
-            acc[i][j] = end_group(acc[i][j], part[i][j], at + (side + i) * of_group, p.h, o.group_sum,
-                                  (m + j) * p.h.groups + g);
-            part[i][j] = _mm512_setzero_ps();
-          }
+        for (int i = 0; i < NB; ++i) {
+          acc[i] = end_group(acc[i], part[i], at + (side + i) * of_group, p.h, o.group_sum, m * p.h.groups + g);
+          part[i] = _mm512_setzero_ps();
+        }
         at += of_panel;
         in_group = 0;
         ++g;
       }
     }
+  }
+  for (int i = 0; i < NB; ++i) finish(p, acc[i], b + i, bias, y + m * p.h.n);
+}
+
+// Tokens [m, m+MR) times blocks [b, b+NB) of one panel: the sums of a block stay in registers for a unit, part and acc in
+// memory. A unit is asked for as it lies before its blocks are visited: they are not read in memory's order.
+template <PackedKind K, int L, int MR, int NB>
+LOWBIT_FN void some(const Packed& p, const Operand& o, int64_t m, int64_t b, const float* bias, float* y) {
+  constexpr int S = turn_steps(K), kVectors = turn_vectors(K);
+  const int64_t ld = p.seg.row_size(), lds = p.seg.padded;
+  const int8_t* q = o.t.q + m * ld;
+  const float* scale = o.scale + m * lds;
+  const int32_t* start = o.start + m * lds;
+  const int64_t stride = p.stride(b), side = b % Packed::kPanel, of_panel = p.scales_bytes(p.width(b));
+  const V lut = table_of(p.h);
+  __m512 part[NB][MR], acc[NB][MR];
+  for (int i = 0; i < NB; ++i)
+    for (int j = 0; j < MR; ++j) part[i][j] = acc[i][j] = _mm512_setzero_ps();
+  const uint8_t* codes = p.panel(b);
+  const int64_t ahead = p.vectors * stride / NB;  // bytes
+  int64_t in_group = 0, g = 0;
+  for (int64_t s = 0; s < p.seg.padded; s += 2, q += 2 * L) {
+    const uint8_t* scales = codes + p.vectors * stride;
+    const bool end_a = ++in_group == p.seg.per_group;
+    if (end_a) in_group = 0;
+    const bool end_b = ++in_group == p.seg.per_group && g + end_a < p.h.groups;  // the last B may be nobody's
+    if (end_b) in_group = 0;
+    const bool end[2] = {end_a, end_b};
+    for (int i = 0; i < NB; ++i) {
+      const uint8_t *from = codes + (side + i) * 64, *sc = scales + (side + i) * p.group_bytes();
+      if (NB > 1) ask_for(codes + kAhead + i * ahead, ahead);
+      V dot[2][MR];
+      for (int j = 0; j < MR; ++j)
+        for (int ab = 0; ab < 2; ++ab) dot[ab][j] = _mm512_set1_epi32(start[j * lds + s + ab]);
+      for (int t = 0; t < L / 4 / S; ++t, from += kVectors * stride) {
+        V u[2][4];
+        expand<K>(from, stride, lut, u[0], u[1]);
+        for (int ab = 0; ab < 2; ++ab)
+          for (int k = 0; k < S; ++k)
+            for (int j = 0; j < MR; ++j)
+              dot[ab][j] = dot4(dot[ab][j], u[ab][k], four(q + j * ld + ab * L + (t * S + k) * 4));
+      }
+      int64_t group = g;
+      for (int ab = 0; ab < 2; ++ab) {
+        for (int j = 0; j < MR; ++j)
+          part[i][j] =
+              _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[ab][j]), _mm512_set1_ps(scale[j * lds + s + ab]), part[i][j]);
+        if (!end[ab]) continue;
+        for (int j = 0; j < MR; ++j) {
+          acc[i][j] = end_group(acc[i][j], part[i][j], sc, p.h, o.group_sum, (m + j) * p.h.groups + group);
+          part[i][j] = _mm512_setzero_ps();
+        }
+        sc += of_panel;
+        ++group;
+      }
+    }
+    g += end_a + end_b;
+    codes = scales + (end_a + end_b) * of_panel;
   }
   for (int i = 0; i < NB; ++i)
     for (int j = 0; j < MR; ++j) finish(p, acc[i][j], b + i, bias, y + (m + j) * p.h.n);
@@ -256,15 +311,17 @@ using ManyFn = void (*)(const Packed&, const uint8_t* const*, const Operand&, in
 using BytesFn = void (*)(const Packed&, int64_t block, uint8_t* out);
 
 struct Kernels {
-  FewFn one[3];   // one token: 4, 2, 1 blocks
-  FewFn more[3];  // one block: 4, 3, 2 tokens
+  FewFn one[3];    // one token: 4, 2, 1 blocks
+  FewFn some[3];   // 4, 3, 2 tokens: a block
+  FewFn panel[3];  // the same: 4 blocks
   BytesFn bytes;
 };
 
 template <PackedKind K, int L>
 constexpr Kernels kernels_for() {
-  return {{few<K, L, 1, 4>, few<K, L, 1, 2>, few<K, L, 1, 1>},
-          {few<K, L, 4, 1>, few<K, L, 3, 1>, few<K, L, 2, 1>},
+  return {{one<K, L, 4>, one<K, L, 2>, one<K, L, 1>},
+          {some<K, L, 4, 1>, some<K, L, 3, 1>, some<K, L, 2, 1>},
+          {some<K, L, 4, 4>, some<K, L, 3, 4>, some<K, L, 2, 4>},
           to_bytes<K, L>};
 }
 
@@ -315,8 +372,12 @@ void linear_int8_avx512(const Packed& p, const Operand& o, int64_t m0, int64_t m
   const Kernels& k = kernels_of(p);
   int64_t m = m0;
   for (; m1 - m >= 2; m += std::min<int64_t>(4, m1 - m)) {
-    const FewFn fn = k.more[4 - std::min<int64_t>(4, m1 - m)];
-    for (int64_t b = b0; b < b1; ++b) fn(p, o, m, b, bias, y);
+    const int64_t i = 4 - std::min<int64_t>(4, m1 - m);
+    for (int64_t b = b0; b < b1;) {
+      const bool panel = b % Packed::kPanel == 0 && b + Packed::kPanel <= b1;
+      (panel ? k.panel : k.some)[i](p, o, m, b, bias, y);
+      b += panel ? Packed::kPanel : 1;
+    }
   }
   if (m == m1) return;
   for (int64_t b = b0; b < b1;) {
