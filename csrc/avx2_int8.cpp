@@ -68,6 +68,7 @@ LOWBIT_FN void to_bytes(const Packed& p, int64_t block, uint8_t* out) {
   const Grid grid = grid_of(p.h, F);
   for (int64_t unit = 0; unit < p.units; ++unit, out += steps * 128) {
     const uint8_t* from = p.codes(block, unit);
+    if (block % 2 == 0) ask_for(from - block % Packed::kPanel * 64 + kAhead, p.vectors * stride);  // for all its blocks
     for (int t = 0; t < steps / S; ++t, from += kVectors * stride)
       for (int h = 0; h < 64; h += 32) {
         V a[4], b[4];

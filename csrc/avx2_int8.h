@@ -198,6 +198,12 @@ inline Form form_of(const Packed& p) {
   return p.h.span <= 129 ? Form::kWide : Form::kSign;
 }
 
+// The blocks of a unit are visited one after the other, the processor fetches ahead what is read in memory's order.
+constexpr int64_t kAhead = 2048;
+LOWBIT_INLINE void ask_for(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+}
+
 // Sums are then four times too large: so are `start`s, and the scales are a fourth. 12*2*127*4 steps fit in int16.
 constexpr bool left_up(PackedKind k, int64_t tokens) { return k == PackedKind::k2 && tokens <= 2; }
 

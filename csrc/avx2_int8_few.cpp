@@ -5,12 +5,6 @@
 namespace lowbit::avx2_int8 {
 namespace {
 
-// The blocks of a unit are visited one after the other, the processor fetches ahead what is read in memory's order.
-constexpr int64_t kAhead = 2048;
-LOWBIT_INLINE void ask_for(const uint8_t* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
-}
-
 // MR tokens times blocks [b, b+NB) of one panel, codes expanded in registers.
 template <PackedKind K, Form F, int L, int MR, int NB>
 LOWBIT_FN void few(const Packed& p, const Inputs& in, int64_t b, const float* bias, float* y) {

@@ -294,6 +294,7 @@ LOWBIT_FN void to_bytes(const Packed& p, int64_t block, uint8_t* out) {
   const int shift_a = times.a == 2, shift_b = times.b == 32 ? 5 : times.b == 16 ? 4 : times.b == 8 ? 3 : 0;
   for (int64_t unit = 0; unit < p.units; ++unit, out += steps * 128) {
     const uint8_t* from = p.codes(block, unit);
+    if (block % 2 == 0) ask_for(from - block % Packed::kPanel * 64 + kAhead, p.vectors * stride);  // for all its blocks
     for (int t = 0; t < steps / S; ++t, from += kVectors * stride) {
       V a[4], b[4];
       expand<K>(from, stride, lut, a, b);
