@@ -111,24 +111,27 @@ T* room(std::vector<T>& v, int64_t count) {
 
 // Loops without branches: compilers make vectors of them. Adding 1.5 * 2^23 rounds to whole numbers, ties to even.
 Digits digits_of(const float* x, int64_t k, int64_t ld, uint8_t* d) {
-  float most = 0;
-  uint32_t odd = 0;
+  int32_t bits = 0;  // of |x|, which are ordered like |x|, NaN > Inf > all numbers
   for (int64_t i = 0; i < k; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, x + i, sizeof bits);
-    odd |= (bits & 0x7f800000u) == 0x7f800000u;
-    most = std::max(most, std::fabs(x[i]));
+    int32_t each;
+    std::memcpy(&each, x + i, sizeof each);
+    bits = std::max(bits, each & 0x7fffffff);
   }
+  const bool odd = bits >= 0x7f800000;
+  float most;
+  std::memcpy(&most, &bits, sizeof most);
   Digits out{{d, d + ld}, odd ? std::numeric_limits<float>::quiet_NaN() : most / 16383.0f};
   const float inverse = odd || most < 1e-30f ? 0.0f : 16383.0f / most;
   if (inverse == 0.0f && !odd) out.scale = 0;
+  const float* __restrict from = x;  // bytes may be anything: without this each write could change x
+  uint8_t *__restrict high = d, *__restrict low = d + ld;
   for (int64_t i = 0; i < k; ++i) {
-    const float shifted = (odd ? 0.0f : x[i]) * inverse + 12582912.0f;
+    const float shifted = (odd ? 0.0f : from[i]) * inverse + 12582912.0f;
     int32_t u;
     std::memcpy(&u, &shifted, sizeof u);
     u += (1 << 14) - 0x4b400000;
-    d[i] = static_cast<uint8_t>(u >> 7);
-    d[ld + i] = static_cast<uint8_t>(u & 127);
+    high[i] = static_cast<uint8_t>(u >> 7);
+    low[i] = static_cast<uint8_t>(u & 127);
   }
   for (int j = 0; j < 2; ++j) std::memset(d + j * ld + k, 0, static_cast<size_t>(ld - k));
   return out;
