@@ -147,9 +147,11 @@ LOWBIT_AVX2 void many(const Steps& s, const float* xt, int64_t down, float* yt) 
       for (int64_t m = 0; m < kSparseTokens; ++m) yt[r * kSparseTokens + m] *= s.factor[down * Steps::kTileRows + r];
 }
 
+LOWBIT_AVX2 Digits digits(const float* x, int64_t k, int64_t ld, uint8_t* d) { return digits_of(x, k, ld, d); }
+
 }  // namespace
 
-const SparseRow sparse_avx2 = {few_tokens, few_int_tokens, many, sparse_scalar.turn};
+const SparseRow sparse_avx2 = {few_tokens, few_int_tokens, many, sparse_scalar.turn, digits};
 
 }  // namespace lowbit
 #endif

@@ -58,6 +58,16 @@ LOWBIT_FN void few(const Steps& s, const float* const* x, int64_t p0, int64_t p1
   }
 }
 
+// acc += d * v, in place: around the intrinsic GCC 12 copies each accumulator once a turn.
+LOWBIT_INLINE __m512i dot4(__m512i acc, __m512i d, __m512i v) {
+#if defined(__GNUC__)
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(d), "v"(v));
+  return acc;
+#else
+  return _mm512_dpbusd_epi32(acc, d, v);
+#endif
+}
+
 // Eight rows: 2^7 a + b
 LOWBIT_INLINE __m512i whole(__m256i a, __m256i b) {
   return _mm512_add_epi64(_mm512_slli_epi64(_mm512_cvtepi32_epi64(a), 7), _mm512_cvtepi32_epi64(b));
@@ -70,10 +80,17 @@ LOWBIT_INLINE __m256 finish(__m512i acc, const int64_t* sum, __m512d scale, cons
       _mm512_mul_pd(_mm512_cvtepi64_pd(acc), _mm512_mul_pd(scale, _mm512_cvtps_pd(_mm256_loadu_ps(factor)))));
 }
 
-template <int T>
+// kCoded: a step's 64 codes are spread to bytes, and looked up in the panel's table of sixteen rows.
+template <int T, bool kCoded>
 LOWBIT_FN void few_int(const Steps& s, const Digits* x, int64_t p0, int64_t p1, float* y) {
   const int8_t* values = static_cast<const int8_t*>(s.value);
+  const __m512i shifts = _mm512_set1_epi64(0x1c1814100c080400), three = _mm512_set1_epi8(Steps::kValues - 1);
+  const __m512i of_row = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                            _mm512_set1_epi32(0x01010101 * Steps::kValues));
   for (int64_t p = p0; p < p1; ++p) {
+    const int8_t* table = s.table + p * kRows * Steps::kValues;
+    const __m512i table0 = kCoded ? _mm512_loadu_si512(table) : of_row;
+    const __m512i table1 = kCoded ? _mm512_loadu_si512(table + 64) : of_row;
     __m512i low[T], high[T];
     for (int t = 0; t < T; ++t) low[t] = high[t] = _mm512_setzero_si512();
     for (int64_t i = s.first[p]; i < s.first[p + 1];) {
@@ -81,14 +98,24 @@ LOWBIT_FN void few_int(const Steps& s, const Digits* x, int64_t p0, int64_t p1, 
       for (int t = 0; t < T; ++t) acc[t][0] = acc[t][1] = _mm512_setzero_si512();
       for (const int64_t end = std::min<int64_t>(i + kPieces, s.first[p + 1]); i < end; ++i) {
         ask_for(s.offset + (i + kAhead) * 64);
-        ask_for(values + (i + kAhead) * 64);
-        const __m512i at = _mm512_loadu_si512(s.offset + i * 64), v = _mm512_loadu_si512(values + i * 64);
+        if (kCoded) ask_for(s.code + (i + kAhead) * 32);
+        else ask_for(values + (i + kAhead) * 64);
+        const __m512i at = _mm512_loadu_si512(s.offset + i * 64);
+        __m512i v;
+        if (kCoded) {
+          const __m512i pairs =
+              _mm512_cvtepu32_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(s.code + i * 32)));
+          const __m512i codes = _mm512_multishift_epi64_epi8(shifts, pairs);
+          v = _mm512_permutex2var_epi8(table0, _mm512_ternarylogic_epi32(codes, three, of_row, 0xea), table1);
+        } else {
+          v = _mm512_loadu_si512(values + i * 64);
+        }
         const int64_t column = s.column[i];
         for (int t = 0; t < T; ++t)
           for (int j = 0; j < 2; ++j) {
             const uint8_t* from = x[t].d[j] + column;
             const __m512i d = _mm512_permutex2var_epi8(_mm512_loadu_si512(from), at, _mm512_loadu_si512(from + 64));
-            acc[t][j] = _mm512_dpbusd_epi32(acc[t][j], d, v);
+            acc[t][j] = dot4(acc[t][j], d, v);
           }
       }
       for (int t = 0; t < T; ++t) {
@@ -115,8 +142,10 @@ void few_tokens(const Steps& s, const float* const* x, int64_t tokens, int64_t p
 }
 
 void few_int_tokens(const Steps& s, const Digits* x, int64_t tokens, int64_t p0, int64_t p1, float* y) {
-  constexpr decltype(&few_int<1>) of[kFewTokens] = {few_int<1>, few_int<2>, few_int<3>, few_int<4>};
-  of[tokens - 1](s, x, p0, p1, y);
+  constexpr decltype(&few_int<1, false>) of[2][kFewTokens] = {
+      {few_int<1, false>, few_int<2, false>, few_int<3, false>, few_int<4, false>},
+      {few_int<1, true>, few_int<2, true>, few_int<3, true>, few_int<4, true>}};
+  of[s.h.coded][tokens - 1](s, x, p0, p1, y);
 }
 
 // Pairs, then fours of rows change places within lanes of 128 bits; then the lanes.
@@ -202,9 +231,11 @@ LOWBIT_FN void many(const Steps& s, const float* xt, int64_t down, float* yt) {
     }
 }
 
+LOWBIT_FN Digits digits(const float* x, int64_t k, int64_t ld, uint8_t* d) { return digits_of(x, k, ld, d); }
+
 }  // namespace
 
-const SparseRow sparse_avx512 = {few_tokens, few_int_tokens, many, turn};
+const SparseRow sparse_avx512 = {few_tokens, few_int_tokens, many, turn, digits};
 
 }  // namespace lowbit
 #endif

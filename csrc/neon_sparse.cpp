@@ -141,7 +141,7 @@ void turn(const float* from, int64_t ld_from, float* to, int64_t ld_to, bool add
 
 }  // namespace
 
-const SparseRow sparse_neon = {few, few_int, many, turn};
+const SparseRow sparse_neon = {few, few_int, many, turn, sparse_scalar.digits};
 
 }  // namespace lowbit
 #endif

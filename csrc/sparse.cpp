@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "pool.h"
 
@@ -19,7 +18,7 @@ int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Byte offsets of the arrays that follow the header.
 struct Offsets {
-  int64_t first, column, factor, sum, offset, value, quad, group, tile_offset, tile_value, end;
+  int64_t first, column, factor, sum, offset, value, code, table, quad, group, tile_offset, tile_value, end;
 
   explicit Offsets(const SparseHeader& h) {
     const SparseKind kind = h.kind;
@@ -34,7 +33,9 @@ struct Offsets {
     sum = factor + aligned(rows * 4);
     offset = sum + aligned(rows * 8);
     value = offset + aligned(places);
-    quad = value + aligned(places * each);
+    code = value + aligned(places * each);
+    table = code + (h.coded ? aligned(places / 2) : 0);
+    quad = table + (h.coded ? panels * Steps::kRows * Steps::kValues : 0);
     group = quad + aligned((down + 1) * 4);
     tile_offset = group + aligned(down * across * Steps::kGroups * static_cast<int64_t>(sizeof(SparseGroup)));
     tile_value = tile_offset + aligned(h.quads * 4);
@@ -109,33 +110,7 @@ T* room(std::vector<T>& v, int64_t count) {
   return v.data();
 }
 
-// Loops without branches: compilers make vectors of them. Adding 1.5 * 2^23 rounds to whole numbers, ties to even.
-Digits digits_of(const float* x, int64_t k, int64_t ld, uint8_t* d) {
-  int32_t bits = 0;  // of |x|, which are ordered like |x|, NaN > Inf > all numbers
-  for (int64_t i = 0; i < k; ++i) {
-    int32_t each;
-    std::memcpy(&each, x + i, sizeof each);
-    bits = std::max(bits, each & 0x7fffffff);
-  }
-  const bool odd = bits >= 0x7f800000;
-  float most;
-  std::memcpy(&most, &bits, sizeof most);
-  Digits out{{d, d + ld}, odd ? std::numeric_limits<float>::quiet_NaN() : most / 16383.0f};
-  const float inverse = odd || most < 1e-30f ? 0.0f : 16383.0f / most;
-  if (inverse == 0.0f && !odd) out.scale = 0;
-  const float* __restrict from = x;  // bytes may be anything: without this each write could change x
-  uint8_t *__restrict high = d, *__restrict low = d + ld;
-  for (int64_t i = 0; i < k; ++i) {
-    const float shifted = (odd ? 0.0f : from[i]) * inverse + 12582912.0f;
-    int32_t u;
-    std::memcpy(&u, &shifted, sizeof u);
-    u += (1 << 14) - 0x4b400000;
-    high[i] = static_cast<uint8_t>(u >> 7);
-    low[i] = static_cast<uint8_t>(u & 127);
-  }
-  for (int j = 0; j < 2; ++j) std::memset(d + j * ld + k, 0, static_cast<size_t>(ld - k));
-  return out;
-}
+Digits digits_scalar(const float* x, int64_t k, int64_t ld, uint8_t* d) { return digits_of(x, k, ld, d); }
 
 void turn_scalar(const float* from, int64_t ld_from, float* to, int64_t ld_to, bool add) {
   for (int64_t i = 0; i < 16; ++i)
@@ -170,7 +145,8 @@ Steps::Steps(const uint8_t* b, int64_t bytes) {
   if (bytes >= kHeader) std::memcpy(&h, b, sizeof h);
   if (bytes < kHeader || h.magic != kMagic || h.bytes != bytes || h.n < 0 || h.steps < 0 || h.n >= int64_t{1} << 31 ||
       h.steps >= int64_t{1} << 31 || (h.kind != SparseKind::kInt && h.kind != SparseKind::kFloat) ||
-      h.k < 1 || h.k >= int64_t{1} << 31 || h.quads < 0 || h.quads >= int64_t{1} << 29 || Offsets(h).end != bytes)
+      h.k < 1 || h.k >= int64_t{1} << 31 || h.quads < 0 || h.quads >= int64_t{1} << 29 ||
+      (h.coded != 0 && (h.coded != 1 || h.kind != SparseKind::kInt)) || Offsets(h).end != bytes)
     throw std::invalid_argument("the exceptions are no kernel layout of this version: prepare the layer again");
   const Offsets at(h);
   first = reinterpret_cast<const int32_t*>(b + at.first);
@@ -179,6 +155,8 @@ Steps::Steps(const uint8_t* b, int64_t bytes) {
   sum = reinterpret_cast<const int64_t*>(b + at.sum);
   offset = b + at.offset;
   value = b + at.value;
+  code = b + at.code;
+  table = reinterpret_cast<const int8_t*>(b + at.table);
   quad = reinterpret_cast<const int32_t*>(b + at.quad);
   group = reinterpret_cast<const SparseGroup*>(b + at.group);
   tile_offset = b + at.tile_offset;
@@ -229,6 +207,27 @@ Tiles tiles_of(const Places& p) {
   return out;
 }
 
+int8_t as_int8(float value, float factor) {
+  const float times = factor > 0 ? std::nearbyint(value / factor) : 0.0f;
+  return static_cast<int8_t>(std::max(-127.0f, std::min(127.0f, times)));
+}
+
+// [panels, 16, kValues]: 0, then a row's other values as they come; nothing where a row has too many.
+std::vector<int8_t> tables_of(const Places& p, const float* factor, int64_t panels) {
+  std::vector<int8_t> out(static_cast<size_t>(panels * Steps::kRows * Steps::kValues), 0);
+  for (int64_t n = 0; n < p.n; ++n) {
+    int8_t* const of_row = out.data() + n * Steps::kValues;
+    int64_t count = 1;
+    for (int64_t i = p.start[n]; i < p.start[n + 1]; ++i) {
+      const int8_t v = as_int8(p.value[i], factor[n]);
+      if (std::find(of_row, of_row + count, v) != of_row + count) continue;
+      if (count == Steps::kValues) return {};
+      of_row[count++] = v;
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 std::vector<uint8_t> pack_sparse(const Places& p, SparseKind kind, const float* factor) {
@@ -257,7 +256,9 @@ std::vector<uint8_t> pack_sparse(const Places& p, SparseKind kind, const float* 
   const Tiles tiles = tiles_of(p);
   const int64_t quads = static_cast<int64_t>(tiles.taken.size() / 4);
   if (quads >= int64_t{1} << 29) throw std::invalid_argument("too many exceptions");
-  SparseHeader h{Steps::kMagic, 0, p.n, p.k, static_cast<int64_t>(column.size()), kind, quads};
+  std::vector<int8_t> tables;
+  if (kind == SparseKind::kInt) tables = tables_of(p, factor, panels);
+  SparseHeader h{Steps::kMagic, 0, p.n, p.k, static_cast<int64_t>(column.size()), kind, quads, !tables.empty()};
   const Offsets at(h);
   h.bytes = at.end;
   std::vector<uint8_t> out(static_cast<size_t>(at.end));
@@ -273,8 +274,7 @@ std::vector<uint8_t> pack_sparse(const Places& p, SparseKind kind, const float* 
       std::memcpy(out.data() + array + 4 * to, p.value + from, 4);
       return 0;
     }
-    const float times = factors[n] > 0 ? std::nearbyint(p.value[from] / factors[n]) : 0.0f;
-    const int8_t v = static_cast<int8_t>(std::max(-127.0f, std::min(127.0f, times)));
+    const int8_t v = as_int8(p.value[from], factors[n]);
     out[static_cast<size_t>(array) + to] = static_cast<uint8_t>(v);
     return v;
   };
@@ -284,7 +284,12 @@ std::vector<uint8_t> pack_sparse(const Places& p, SparseKind kind, const float* 
     out[static_cast<size_t>(at.offset) + i] = static_cast<uint8_t>(p.column[taken[i]] - column[step]);
     const int64_t v = put(at.value, i, taken[i], n);
     if (kind == SparseKind::kInt) sums[n] += v;
+    if (!h.coded) continue;
+    const int8_t* of_row = tables.data() + n * Steps::kValues;
+    const int64_t code = std::find(of_row, of_row + Steps::kValues, static_cast<int8_t>(v)) - of_row;
+    out[static_cast<size_t>(at.code) + i / 2] |= static_cast<uint8_t>(code << 4 * (i % 2));
   }
+  if (h.coded) std::memcpy(out.data() + at.table, tables.data(), tables.size());
   std::memcpy(out.data() + at.quad, tiles.quad.data(), tiles.quad.size() * 4);
   if (!tiles.group.empty())
     std::memcpy(out.data() + at.group, tiles.group.data(), tiles.group.size() * sizeof(SparseGroup));
@@ -297,7 +302,7 @@ std::vector<uint8_t> pack_sparse(const Places& p, SparseKind kind, const float* 
   return out;
 }
 
-const SparseRow sparse_scalar = {few_scalar, few_int_scalar, many_scalar, turn_scalar};
+const SparseRow sparse_scalar = {few_scalar, few_int_scalar, many_scalar, turn_scalar, digits_scalar};
 
 void sparse_linear(const Places& p, const Steps& s, const float* x, int64_t m, float* y, int n_threads,
                    const std::string& force) {
@@ -320,7 +325,7 @@ void sparse_linear(const Places& p, const Steps& s, const float* x, int64_t m, f
           std::fill(to + p.k, to + ld, 0.0f);
           padded[j] = to;
         } else {
-          digits[j] = digits_of(from, p.k, ld, line(room(buffer.digits, kFewTokens * 2 * ld + 64)) + j * 2 * ld);
+          digits[j] = row.digits(from, p.k, ld, line(room(buffer.digits, kFewTokens * 2 * ld + 64)) + j * 2 * ld);
         }
       }
       parallel_for(turns, n_threads, [&](int64_t i) {

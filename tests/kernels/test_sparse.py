@@ -25,12 +25,16 @@ SHAPES = [
 EVERY = pytest.mark.parametrize("isa", ROWS)
 
 
-def problem(n: int, k: int, density: float, integer: bool, seed: int = 0) -> tuple[Sparse, torch.Tensor]:
-    """The prepared matrix, and what it stands for in float64."""
+def problem(
+    n: int, k: int, density: float, integer: bool, seed: int = 0, levels: int = 0
+) -> tuple[Sparse, torch.Tensor]:
+    """The prepared matrix, and what it stands for in float64. levels: different values there are; 0: any."""
     random = torch.Generator().manual_seed(seed)
     mask = torch.rand(n, k, generator=random) < density
     row, column = mask.nonzero(as_tuple=True)
     value = torch.randn(len(row), generator=random)
+    if levels:
+        value = torch.randint(1, levels + 1, (len(row),), generator=random) * torch.tensor(-0.5)
     s = sparse(row, column, value, (n, k), integer)
     dense = torch.zeros(n, k, dtype=torch.float64)
     dense[row, column] = s.value.double()
@@ -53,10 +57,13 @@ def test_any_shape(isa: str, integer: bool, tokens: int) -> None:
         assert bool(((y - want).abs() <= (130 + k / 64) * 2**-24 * size + rounded + 1e-30).all()), (n, k)
 
 
+@pytest.mark.parametrize("levels", [0, 1, 7, 8])  # from eight on a row's values have no codes of their own
 @pytest.mark.parametrize("isa", ROWS)
-def test_integer_rows_are_equal_bit_for_bit(isa: str) -> None:
+def test_integer_rows_are_equal_bit_for_bit(isa: str, levels: int) -> None:
     for i, (n, k, density) in enumerate(SHAPES):
-        s, _ = problem(n, k, density, True, i)
+        s, _ = problem(n, k, density, True, i, levels)
+        assert s.coded or n == 0 or levels in (0, 8)
+        assert not s.coded or n * k * density < 300 or levels in (1, 7)
         for tokens in range(1, 8):
             x, start = torch.randn(tokens, k), torch.randn(tokens, n)
             a, b = start.clone(), start.clone()

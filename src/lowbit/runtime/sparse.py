@@ -3,8 +3,8 @@
     S = w_hat - (dense part) at the places of the further parts, 0 elsewhere
 
 Made once when a layer is prepared: places by row (start, column, value), and the same in steps of sixteen rows for one
-to seven tokens and in tiles for more (csrc/sparse.h). In memory, not in the file, 5% of exceptions take 5.5 bits a
-weight for int8 activations and 9.3 for float ones.
+to seven tokens and in tiles for more (csrc/sparse.h). In memory, not in the file, 5% of exceptions take 5.8 bits a
+weight for int8 activations and 9.1 for float ones.
 
 With int8 activations the values of a row are whole multiples of a factor, at most 127 of them: exact where they are so
 by themselves, as for levels times one scale, else off by at most 1/254 of the row's largest. Activations are rounded
@@ -37,12 +37,17 @@ class Sparse(NamedTuple):
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self)
 
+    @property
+    def coded(self) -> bool:
+        """Does every row have so few different values that they are kept as codes too?"""
+        return bool(self.steps[56:64].numpy().view(np.int64)[0])
+
     def read_bytes(self, tokens: int) -> int:
         """Bytes of it that a product of so many tokens reads: steps of few tokens, or tiles of many (csrc/sparse.h)."""
-        _, _, n, k, steps, integer, quads = self.steps[:56].numpy().view(np.int64).tolist()
+        _, _, n, k, steps, integer, quads, coded = self.steps[:64].numpy().view(np.int64).tolist()
         slot = 2 if integer else 5  # an offset and a value
         if tokens < _MANY:
-            return steps * (4 + 16 * (4 if integer else 1) * slot)
+            return steps * (100 if coded else 4 + 16 * (4 if integer else 1) * slot)
         return 4 * quads * slot + 16 * 8 * -(-n // 64) * -(-k // 128)
 
 
@@ -109,14 +114,14 @@ def _agrees(isa: str) -> bool:
     n, k = 37, 300
     row, column = np.nonzero(random.random((n, k)) < 0.1)
     value = random.standard_normal(len(row), dtype=np.float32)
-    for integer in (False, True):
-        s = sparse(torch.from_numpy(row), torch.from_numpy(column), torch.from_numpy(value), (n, k), integer)
+    for integer, v in ((False, value), (True, value), (True, np.sign(value))):  # the signs are kept as codes too
+        s = sparse(torch.from_numpy(row), torch.from_numpy(column), torch.from_numpy(v), (n, k), integer)
         for tokens in (1, 9):
             x = torch.from_numpy(random.standard_normal((tokens, k), dtype=np.float32))
             y = [np.zeros((tokens, n), np.float32) for _ in range(2)]
             for out, which in zip(y, (isa, "scalar")):
                 sparse_linear(x, torch.from_numpy(out), s, which)
-            size = np.abs(x.numpy()) @ np.abs(np.bincount(row * k + column, value, n * k)).reshape(n, k).T
+            size = np.abs(x.numpy()) @ np.abs(np.bincount(row * k + column, v, n * k)).reshape(n, k).T
             if not (np.abs(y[0] - y[1]) <= (0 if integer and tokens == 1 else 66 * 2**-24) * size).all():
                 return False
     return True
