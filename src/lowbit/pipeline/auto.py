@@ -216,17 +216,17 @@ def _kernel_seconds(out: int, in_: int, label: str) -> float:
 
 
 def _stand_in(w: Tensor, label: str) -> QuantizedTensor:
-    """Any weight in an option's format, with exceptions where the method makes them."""
+    """Any weight in an option's format, with exceptions where the method makes them; an embedding's has no method."""
     option = Option.of(label)
     fmt = Format.parse(option.format).with_(**_quick(option.format))
-    spec = find(option.method)
-    if option.method == "icquant":
-        return spec.solve(w, None, fmt, **spec.options).quantized()
+    if option.method != "icquant" and option.average is None:
+        return quantize(w, fmt)
+    spec, statistics = find(option.method), None
     if option.average is not None:
         made = GramAccumulator(w.shape[1])
         made.add(torch.randn(2 * w.shape[1], w.shape[1]))
-        return spec.solve(w, made.finish(), fmt, **spec.options | option.options).quantized()
-    return quantize(w, fmt)
+        statistics = made.finish()
+    return spec.solve(w, statistics, fmt, **spec.options | option.options).quantized()
 
 
 def _quick(fmt: str) -> dict[str, str]:
